@@ -1,0 +1,19 @@
+"""The errors that ghostfunc raises, each a plain Python error with a reason, the shapes and a remedy in its text."""
+
+from collections.abc import Sequence
+
+
+class UnsupportedUse(RuntimeError):  # noqa: N818 - the name is the public contract
+    """A parameter influences the losses through a use whose per-sample gradient is not accounted for.
+
+    Attributes:
+        parameters: names of the parameters concerned.
+    """
+
+    def __init__(self, message: str, parameters: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.parameters = tuple(parameters)
+
+
+class InteractingSamples(ValueError):  # noqa: N818 - reads as the reason, like UnsupportedUse
+    """The loss of one sample depends on another sample of the batch, so that it has no gradient of its own."""

@@ -1,0 +1,99 @@
+"""Ready per-sample losses for `functionalize`: `loss(output, batch) -> losses[B]`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+
+
+def _logits(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    if hasattr(output, "logits"):
+        return output.logits
+    if isinstance(output, (tuple, list)) and isinstance(output[0], Tensor):
+        return output[0]
+    raise TypeError(f"expected logits: a tensor, an object with .logits or a tuple; got {type(output).__name__}.")
+
+
+def causal_lm_loss(output: Any, batch: Any) -> Tensor:
+    """Mean next-token cross-entropy of each sample, over the sample's own unmasked targets.
+
+    l_b = (1 / N_b) sum_t -log p(y_{b,t+1} | y_{b,<=t}), N_b the number of targets of sample b that are not ignored.
+
+    Args:
+        output: logits `[B, T, V]`, or a transformers output with `.logits`.
+        batch: a dict with `labels [B, T]` (or, without them, `input_ids [B, T]`), a tuple whose last element are the
+            labels, or the ids themselves. Labels stand beside their inputs and are shifted here, once. Targets of
+            -100 are ignored; where labels are absent, so are targets whose `attention_mask` is 0.
+
+    Returns:
+        `[B]`, float32 for lower-precision logits. A sample without unmasked targets has loss 0 and gradient 0.
+
+    Raises:
+        ValueError: if the labels' shape is not the logits' first two dimensions.
+
+    Example:
+        >>> import torch, ghostfunc as gf
+        >>> gf.causal_lm_loss(torch.zeros(2, 5, 8), torch.randint(8, (2, 5))).round(decimals=4)
+        tensor([2.0794, 2.0794])
+    """
+    logits = _logits(output)  # [B, T, V]
+    labels = _labels(batch)  # [B, T]
+    if logits.dim() != 3 or labels.shape != logits.shape[:2]:
+        raise ValueError(
+            f"causal_lm_loss: labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}; "
+            "expected [B, T] and [B, T, V] with one label beside each input token."
+        )
+    # Shifting the labels instead of the logits spares a copy of [B, T, V].
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # [B, T]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    token_losses = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )  # [B * T]
+    counts = (targets != IGNORED).sum(1).clamp(min=1)  # [B]
+    return token_losses.view(targets.shape).sum(1) / counts
+
+
+def _labels(batch: Any) -> Tensor:
+    if isinstance(batch, Tensor):
+        return batch
+    if isinstance(batch, Mapping):
+        if batch.get("labels") is not None:
+            return batch["labels"]
+        mask = batch.get("attention_mask")
+        ids = batch["input_ids"]
+        return ids if mask is None or mask.shape != ids.shape else ids.masked_fill(mask == 0, IGNORED)
+    return batch[-1]
+
+
+def classification_loss(output: Any, batch: Any) -> Tensor:
+    """Cross-entropy of each sample's class: l_b = -log softmax(output_b)[label_b].
+
+    Args:
+        output: logits `[B, C]`, or an object with `.logits`.
+        batch: a dict with `labels [B]`, or a tuple whose last element are the labels.
+
+    Returns:
+        `[B]`; 0 for a label of -100.
+
+    Raises:
+        ValueError: if the shapes are not `[B, C]` and `[B]`.
+
+    Example:
+        >>> import torch, ghostfunc as gf
+        >>> gf.classification_loss(torch.zeros(2, 4), (None, torch.tensor([1, 3]))).round(decimals=4)
+        tensor([1.3863, 1.3863])
+    """
+    logits = _logits(output)  # [B, C]
+    labels = batch["labels"] if isinstance(batch, Mapping) else batch[-1]  # [B]
+    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"classification_loss: labels of shape {tuple(labels.shape)} do not fit logits of shape "
+            f"{tuple(logits.shape)}; expected [B] and [B, C]."
+        )
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")

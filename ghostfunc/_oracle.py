@@ -1,0 +1,40 @@
+"""The dense reference: per-sample gradients by `vmap(grad)`, at B x numel of memory. Everything is compared with it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.utils import _pytree as pytree
+
+from ghostfunc._functionalize import ModelFn
+
+
+def per_sample_grad(
+    model_fn: ModelFn, params: dict[str, Tensor], batch: Any, *, randomness: str = "error"
+) -> dict[str, Tensor]:
+    """Per-sample gradients by `vmap(grad)`: the oracle.
+
+    Args:
+        model_fn: `model_fn(params, batch) -> losses[B]`.
+        params: parameters by name.
+        batch: a pytree of tensors `[B, ...]`.
+        randomness: as in `torch.func.vmap`; "error" refuses dropout, whose masks would differ from a batched call's.
+
+    Returns:
+        `{name: [B, *shape]}`, the gradient of each sample's own loss (not divided by B).
+
+    Example:
+        >>> import torch, ghostfunc as gf
+        >>> model_fn, params = gf.functionalize(torch.nn.Linear(4, 3), gf.classification_loss)
+        >>> grads = gf.per_sample_grad(model_fn, params, (torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])))
+        >>> grads["weight"].shape
+        torch.Size([5, 3, 4])
+    """
+
+    def sample_loss(params: dict[str, Tensor], sample: Any) -> Tensor:
+        losses = model_fn(params, pytree.tree_map(lambda t: t.unsqueeze(0), sample))
+        return losses.squeeze(0)
+
+    params = {name: p.detach() for name, p in params.items()}
+    return vmap(grad(sample_loss), in_dims=(None, 0), randomness=randomness)(params, batch)
