@@ -1,0 +1,1 @@
+"""From text to the token files that `shared.dataloader` reads."""
