@@ -1,0 +1,1 @@
+"""Gradient dot products of every training sample while a GPT-2 trains."""
