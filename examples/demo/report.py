@@ -116,7 +116,7 @@ def sample_values(log: pa.Table) -> list[SampleValue]:
     return sorted(samples, key=lambda sample: -sample.value)
 
 
-def draw_values(log: pa.Table, val_domain: str, *, windows: int = 20) -> bytes:
+def draw_values(log: pa.Table, val_domain: str, *, windows: int = 15) -> bytes:
     """Draw the value of each domain over training.
 
     Args:
@@ -146,7 +146,9 @@ def draw_values(log: pa.Table, val_domain: str, *, windows: int = 20) -> bytes:
         per_step = np.bincount(np.searchsorted(steps, iterations[own]), weights=values[own], minlength=len(steps))
         label = f"{row.domain} (validation)" if is_val else row.domain
         summed.plot(steps, per_step.cumsum(), label=label, **look)
-        single.errorbar(*_windowed(iterations[own], values[own] * 1e6, edges), capsize=2, elinewidth=0.8, **look)
+        middles, means, errors = _windowed(iterations[own], values[own] * 1e6, edges)
+        single.plot(middles, means, marker=".", **look)
+        single.fill_between(middles, means - errors, means + errors, color=look["color"], alpha=0.15, linewidth=0)
     summed.set(xlabel="training step", ylabel="summed value [nats]", title="Value of a domain, summed up to each step")
     single.set(
         xlabel="training step", ylabel="mean value [10⁻⁶ nats]", title="Value of one sample, ± 2 standard errors"
@@ -160,15 +162,16 @@ def draw_values(log: pa.Table, val_domain: str, *, windows: int = 20) -> bytes:
     return buffer.getvalue()
 
 
-def _windowed(iterations: np.ndarray, values: np.ndarray, edges: np.ndarray) -> tuple[list, list, list]:
+def _windowed(
+    iterations: np.ndarray, values: np.ndarray, edges: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Middle, mean value and twice the standard error of each window with at least two samples."""
-    middles, means, errors = [], [], []
+    rows = []
     for start, end in itertools.pairwise(edges):
         own = values[(iterations >= start) & (iterations < end)]
         if len(own) > 1:
-            middles.append((start + end - 1) / 2)
-            means.append(own.mean())
-            errors.append(2 * own.std(ddof=1) / len(own) ** 0.5)
+            rows.append(((start + end - 1) / 2, own.mean(), 2 * own.std(ddof=1) / len(own) ** 0.5))
+    middles, means, errors = np.array(rows).reshape(-1, 3).T
     return middles, means, errors
 
 
