@@ -1,4 +1,4 @@
-"""One table of cases: `case.make(dtype, device) -> (model_fn, params, batch)`, with `batch(n, seed)` a batch of n samples.
+"""One table of cases: `case.make(dtype, device) -> (model_fn, params, batch)`, and `batch(n, seed)` draws n samples.
 
 Everything is tiny, and every value is drawn in float64 first, so that a case has the same numbers in every dtype.
 """
