@@ -1,0 +1,351 @@
+"""The log of dot products: append-only Parquet that a kill at any moment leaves readable.
+
+A log is a folder: `config.json` and `val_batch.safetensors`, written once, and one
+`dots-<iteration>-<micro step>.parquet` per save, named after its first row, so that names sort as rows do. Every file
+is written beside its place, synced to disk and moved there: it is there whole, or not at all.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_CONFIG = "config.json"
+_VAL_BATCH = "val_batch.safetensors"
+_TEMPORARY = ".tmp"
+_ROWS = re.compile(r"dots-(\d+)-(\d+)\.parquet")
+
+Numbers = Tensor | np.ndarray | Sequence[Any]
+
+
+class DotLog:
+    """The dot products of a run, one row per sample and micro-step, in an append-only folder of Parquet files.
+
+    Rows come in the order of the run: `(iteration, micro_step)` grows with every `append`, across restarts too, so
+    that no row can be written twice. A run that starts again from a checkpoint calls `resume` with the first iteration
+    that it will repeat.
+
+    Args:
+        folder: where the log lives; made if it is not there. One process at a time may write to it. Temporary files
+            that a killed run left are removed.
+        config: what produced the numbers; anything that JSON holds, `Path`, `torch.dtype` and `torch.device` as text.
+        val_batch: the tensors of the validation batch that the dots refer to, by name.
+
+    Raises:
+        ImportError: without pyarrow; `pip install "ghostfunc[log]"` brings it.
+        FileExistsError: if the folder holds the log of another configuration or another validation batch.
+        TypeError: if a value of `config` has no place in JSON.
+
+    Example:
+        >>> import tempfile, torch, ghostfunc.dotlog as dotlog
+        >>> folder = tempfile.mkdtemp()
+        >>> log = dotlog.DotLog(folder, config={"seed": 1}, val_batch={"input_ids": torch.arange(6).view(2, 3)})
+        >>> log.append(iteration=0, sample_ids=[7, 9], domains=["law", "code"], losses=torch.tensor([1.5, 2.0]),
+        ...            learning_rate=1e-3, dots=torch.tensor([0.25, -0.5]))
+        >>> log.save().name
+        'dots-000000000000-000000.parquet'
+        >>> dotlog.read_dot_log(folder)["dot"].to_pylist()
+        [0.25, -0.5]
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike, *, config: Mapping, val_batch: Mapping[str, Tensor] | None = None
+    ) -> None:
+        _import_pyarrow()
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob("*" + _TEMPORARY):
+            leftover.unlink()
+        self._write_config(config)
+        if val_batch is not None:
+            self._write_val_batch(val_batch)
+        self._buffer: list[pyarrow.RecordBatch] = []
+        self._newest: tuple[int, int] | None = None  # (iteration, micro_step) of the newest row; None: not looked up
+
+    def append(
+        self,
+        *,
+        iteration: int,
+        sample_ids: Numbers,
+        domains: Sequence[str],
+        losses: Numbers,
+        learning_rate: float,
+        dots: Numbers,
+        micro_step: int = 0,
+    ) -> None:
+        """Buffer the rows of one micro-batch of n samples; `save` writes them.
+
+        Args:
+            iteration: the optimizer step, 0 or more.
+            sample_ids: `[n]` integers; for text, the offset of the sample's first token in its domain's file.
+            domains: `[n]` domain names; empty strings where there are none.
+            losses: `[n]` per-sample training losses.
+            learning_rate: the step's learning rate; nan where it is not known.
+            dots: `[n]`, <grad l_i, mean_j grad l_j> with i a train and j a val sample. Stored as given, non-finite ones
+                too.
+            micro_step: the micro-batch's place within the iteration, under gradient accumulation.
+
+        Raises:
+            ValueError: if the columns differ in length, or the log already has rows of this micro-step or a later one.
+        """
+        pa = _import_pyarrow()
+        newest = self._newest_row()
+        if not newest < (iteration, micro_step) or iteration < 0 or micro_step < 0:
+            raise ValueError(
+                f"append(iteration={iteration}, micro_step={micro_step}): the log {self.folder} already goes up to "
+                f"iteration {newest[0]}, micro_step {newest[1]}. To write iterations again, call "
+                f"resume({max(iteration, 0)}) first; for another run, choose another folder."
+            )
+        columns = {
+            "sample_id": _to_list(sample_ids),
+            "domain": list(domains),
+            "loss": _to_list(losses),
+            "dot": _to_list(dots),
+        }
+        n = len(columns["sample_id"])
+        if any(len(column) != n for column in columns.values()):
+            lengths = ", ".join(f"{name} {len(column)}" for name, column in columns.items())
+            raise ValueError(f"append: one entry per sample is needed in each column, but their lengths are {lengths}.")
+        if n == 0:
+            return
+        columns |= {"iteration": [iteration] * n, "micro_step": [micro_step] * n, "learning_rate": [learning_rate] * n}
+        schema = _schema()
+        arrays = [pa.array(columns[field.name], type=field.type) for field in schema]
+        self._buffer.append(pa.record_batch(arrays, schema=schema))
+        self._newest = (iteration, micro_step)
+
+    def save(self) -> Path | None:
+        """Write what is buffered as one new file.
+
+        Returns:
+            The file, or None when nothing is buffered. The buffer is kept when writing fails.
+        """
+        pa = _import_pyarrow()
+        table = pa.Table.from_batches(self._buffer, schema=_schema())
+        if table.num_rows == 0:
+            return None
+        iteration, micro_step = table["iteration"][0].as_py(), table["micro_step"][0].as_py()
+        path = self.folder / f"dots-{iteration:012d}-{micro_step:06d}.parquet"
+        _write_rows(path, table)
+        self._buffer = []
+        return path
+
+    def resume(self, iteration: int) -> None:
+        """Drop the rows of `iteration` and later, because a resumed run will write them again.
+
+        Later files are removed, newest first, and the one that the cut goes through is replaced by its earlier part in
+        one move: a kill in between leaves a log without gaps, and calling `resume` again finishes the work.
+
+        Args:
+            iteration: the first iteration that will be written again; 0 empties the log.
+
+        Raises:
+            ValueError: if the file at the cut is damaged; the message names it.
+        """
+        pa = _import_pyarrow()
+        self._buffer = [rows for rows in self._buffer if rows["iteration"][0].as_py() < iteration]
+        for path in reversed(_row_files(self.folder)):
+            if _first_row(path)[0] >= iteration:
+                path.unlink()
+                continue
+            table = _read_rows(path)
+            earlier = table.filter(pa.compute.less(table["iteration"], iteration))
+            if earlier.num_rows < table.num_rows:
+                _write_rows(path, earlier)
+            break  # rows are in the order of the run: files before this one lie wholly before the cut
+        _sync_folder(self.folder)
+        self._newest = None
+
+    def _newest_row(self) -> tuple[int, int]:
+        if self._newest is None:
+            if self._buffer:
+                newest = self._buffer[-1]
+            else:
+                files = _row_files(self.folder)
+                newest = _read_rows(files[-1]) if files else None
+            self._newest = (newest["iteration"][-1].as_py(), newest["micro_step"][-1].as_py()) if newest else (-1, -1)
+        return self._newest
+
+    def _write_config(self, config: Mapping) -> None:
+        path = self.folder / _CONFIG
+        text = _to_json(config)
+        if not path.exists():
+            _write_atomically(path, lambda file: file.write(text.encode()))
+            return
+        stored = path.read_text()
+        if stored != text:
+            try:
+                old, new = json.loads(stored), json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} is damaged ({error}). Choose another folder, or remove the file.") from error
+            changes = [
+                f"{key}: {old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} now"
+                for key in sorted(old.keys() | new.keys())
+                if json.dumps(old.get(key, "absent")) != json.dumps(new.get(key, "absent"))
+            ]
+            raise FileExistsError(
+                f"{path} belongs to a run with another configuration ({'; '.join(changes)}). Choose another folder for "
+                "this run, or remove that one."
+            )
+
+    def _write_val_batch(self, val_batch: Mapping[str, Tensor]) -> None:
+        path = self.folder / _VAL_BATCH
+        # Copies, because safetensors refuses tensors that share memory, as inputs and labels often do.
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in val_batch.items()}
+        if not path.exists():
+            _write_atomically(path, lambda file: file.write(safetensors.torch.save(tensors)))
+            return
+        try:
+            stored = safetensors.torch.load(path.read_bytes())
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}). Choose another folder, or remove the file.") from error
+        same = stored.keys() == tensors.keys() and all(
+            stored[name].dtype == t.dtype and torch.equal(stored[name], t) for name, t in tensors.items()
+        )
+        if not same:
+            raise FileExistsError(
+                f"{path} holds another validation batch than this run's, and the dots of one log refer to one "
+                "validation batch. Choose another folder for this run, or remove that one."
+            )
+
+
+def read_dot_log(folder: str | os.PathLike) -> "pyarrow.Table":
+    """Read a log as one table.
+
+    Args:
+        folder: the log's folder, or a run's folder with `dot_log/` in it. The run may still be writing.
+
+    Returns:
+        Columns iteration (int64), micro_step (int32), sample_id (int64), domain (string), loss (float32),
+        learning_rate (float64), dot (float64); a row per sample and micro-step, sorted by iteration, micro_step and
+        position in the batch. `dot` is <grad l_i, mean_j grad l_j>: positive where a plain gradient step on sample i
+        lowers the validation loss.
+
+    Raises:
+        ImportError: without pyarrow; `pip install "ghostfunc[log]"` brings it.
+        FileNotFoundError: if there is no log in the folder.
+        ValueError: if a file is damaged; the message names it.
+
+    Example:
+        >>> import tempfile, ghostfunc.dotlog as dotlog
+        >>> log = dotlog.DotLog(tempfile.mkdtemp(), config={})
+        >>> dotlog.read_dot_log(log.folder).num_rows
+        0
+    """
+    pa = _import_pyarrow()
+    log_folder = Path(folder)
+    if (log_folder / "dot_log").is_dir():
+        log_folder = log_folder / "dot_log"
+    files = _row_files(log_folder)
+    if not files and not (log_folder / _CONFIG).exists():
+        raise FileNotFoundError(
+            f"{log_folder} is not a dot log: it has no {_CONFIG} and no dots-*.parquet. Expected a log's folder, or a "
+            "run's folder with dot_log/ in it."
+        )
+    return pa.concat_tables([_schema().empty_table(), *map(_read_rows, files)])
+
+
+def _import_pyarrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.compute
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError('the dot log needs pyarrow, which is an extra: pip install "ghostfunc[log]"') from error
+    return pyarrow
+
+
+def _schema() -> Any:
+    pa = _import_pyarrow()
+    return pa.schema(
+        [
+            ("iteration", pa.int64()),
+            ("micro_step", pa.int32()),
+            ("sample_id", pa.int64()),
+            ("domain", pa.string()),
+            ("loss", pa.float32()),
+            ("learning_rate", pa.float64()),
+            ("dot", pa.float64()),
+        ]
+    )
+
+
+def _row_files(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.glob("dots-*.parquet") if _ROWS.fullmatch(path.name)), key=_first_row)
+
+
+def _first_row(path: Path) -> tuple[int, int]:
+    match = _ROWS.fullmatch(path.name)
+    assert match, path
+    return int(match[1]), int(match[2])
+
+
+def _read_rows(path: Path) -> Any:
+    pa = _import_pyarrow()
+    try:
+        # Not read_table: it would take a folder named "lr=1" for a column.
+        with pa.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}). Restore it, or move it away: its rows are then missing, unless the run "
+            f"resumes from iteration {_first_row(path)[0]}."
+        ) from error
+    if not table.schema.equals(_schema()):
+        raise ValueError(f"{path} is not a file of a dot log: its columns are {', '.join(table.schema.names)}.")
+    return table
+
+
+def _write_rows(path: Path, table: Any) -> None:
+    pa = _import_pyarrow()
+    _write_atomically(
+        path, lambda file: pa.parquet.write_table(table, file, compression="zstd", write_page_checksum=True)
+    )
+
+
+def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    temporary = path.with_name(path.name + _TEMPORARY)
+    with temporary.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames and removals in `folder` survive a power cut, where the system lets a folder be opened."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _to_list(numbers: Numbers) -> list:
+    if isinstance(numbers, Tensor):
+        numbers = numbers.detach()
+        return (numbers.double() if numbers.is_floating_point() else numbers).tolist()
+    return numbers.tolist() if isinstance(numbers, np.ndarray) else list(numbers)
+
+
+def _to_json(config: Mapping) -> str:
+    def as_text(value: Any) -> str:
+        if isinstance(value, (Path, torch.dtype, torch.device)):
+            return str(value)
+        raise TypeError(f"config.json cannot hold a {type(value).__name__}: {value!r}; give its name or number.")
+
+    return json.dumps(dict(config), indent=2, sort_keys=True, default=as_text) + "\n"
