@@ -1,0 +1,112 @@
+"""Small things that a training script needs: device, seed, quiet libraries, whole files, and a stop between steps."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name.
+
+    Args:
+        name: `auto` (the machine's accelerator if it has one, else the CPU), or a name that torch knows.
+
+    Raises:
+        ValueError: if torch does not know the name, or if this machine has no such device.
+    """
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {name}: this machine has no such device ({reason}). Use --device auto.") from error
+    return device
+
+
+def seed_everything(seed: int, device: torch.device) -> None:
+    """Make two runs with one seed equal: seed torch, and on a GPU choose operations that give the same sums each time.
+
+    Operations that have no such form are named in a warning.
+    """
+    torch.manual_seed(seed)
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it, so that the clock can be read."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file such that a kill leaves either the old content or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
+
+
+class Stopped(Exception):
+    """Somebody asked the run to stop; `signum` is the signal."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+class StopRequest:
+    """SIGTERM or Ctrl-C, remembered until the run is at a point from which it can be resumed."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+
+    def check(self) -> None:
+        """Raise `Stopped` if a signal has come."""
+        if self.signum is not None:
+            raise Stopped(self.signum)
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Catch the first SIGTERM or Ctrl-C for `StopRequest.check`; a second one acts at once, as without this.
+
+    Outside the main thread, where Python allows no signal handlers, nothing is caught.
+
+    Example:
+        >>> with stop_request() as stop:
+        ...     for step in range(3):
+        ...         stop.check()
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    previous = {}
+
+    def restore() -> None:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+    def remember(signum: int, frame: FrameType | None) -> None:
+        request.signum = signum
+        restore()
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        previous[signum] = signal.signal(signum, remember)
+    try:
+        yield request
+    finally:
+        restore()
