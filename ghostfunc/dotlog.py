@@ -6,6 +6,7 @@ is written beside its place, synced to disk and moved there: it is there whole, 
 """
 
 import json
+import operator
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -98,6 +99,7 @@ class DotLog:
 
         Raises:
             ValueError: if the columns differ in length, or the log already has rows of this micro-step or a later one.
+            TypeError: if a sample id is not an integer.
         """
         pa = _import_pyarrow()
         newest = self._newest_row()
@@ -108,7 +110,7 @@ class DotLog:
                 f"resume({max(iteration, 0)}) first; for another run, choose another folder."
             )
         columns = {
-            "sample_id": _to_list(sample_ids),
+            "sample_id": [operator.index(sample_id) for sample_id in _to_list(sample_ids)],
             "domain": list(domains),
             "loss": _to_list(losses),
             "dot": _to_list(dots),

@@ -47,7 +47,7 @@ class EngineOutput:
     loss: Tensor
     losses: Tensor
     val_losses: Tensor | None
-    dots: Tensor | dict[str, Tensor] | None
+    dots: Any
 
 
 class GradDotProdEngine:
@@ -128,7 +128,7 @@ class GradDotProdEngine:
         self.log = log
         self.save_interval = save_interval
         self.out = out
-        self.dots: Tensor | dict[str, Tensor] | None = None
+        self.dots: Any = None
         self.losses: Tensor | None = None
         self._options = {
             "out": out,
@@ -395,22 +395,17 @@ class GradDotProdEngine:
         finite = losses.isfinite() & dots.isfinite()  # [n]
         if finite.all():
             return
-        where = ""
         bad = (~finite).nonzero().flatten().tolist()
-        ids = bad
+        where, names = "position in the batch", [str(i) for i in range(len(losses))]
         if self._attached is not None:
-            where = f" in iteration {self._attached.iteration}"
+            where = f"sample id in iteration {self._attached.iteration}"
             pairs = zip(self._attached.domains, self._attached.sample_ids, strict=True)
-            named = [f"{domain}:{sample_id}" if domain else str(sample_id) for domain, sample_id in pairs]
-            ids = [named[i] for i in bad]
-        shown = "; ".join(
-            f"{name} (loss {losses[i].item():g}, dot {dots[i].item():g})"
-            for name, i in list(zip(ids, bad, strict=True))[:8]
-        )
-        kind = "sample ids" if self._attached is not None else "positions in the batch"
+            names = [f"{domain}:{sample_id}" if domain else str(sample_id) for domain, sample_id in pairs]
+        shown = [f"{names[i]} (loss {losses[i].item():g}, dot {dots[i].item():g})" for i in bad[:8]]
         raise FloatingPointError(
-            f"not finite{where}, {len(bad)} of {len(losses)} samples, {kind}: {shown}. Nothing was logged or deposited; "
-            "lower the learning rate, clip gradients, or look at these samples and at the validation batch."
+            f"{len(bad)} of {len(losses)} samples have a loss or a dot that is not finite; by {where}: "
+            f"{'; '.join(shown)}. Nothing was logged or deposited. Lower the learning rate, clip gradients, or look at "
+            "these samples and at the validation batch."
         )
 
 
