@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pyarrow as pa
 import pytest
+
 from demo import report
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\" \x1b[31mred"

@@ -1,0 +1,1 @@
+"""The demo: a corpus from Python packages, a training run with gradient dot products, and a report."""
