@@ -51,7 +51,7 @@ def test_exact_or_refused_by_name(case: Case, schedule: str, device: torch.devic
     assert_no_state_left()
 
 
-@pytest.mark.parametrize("case", [case for case in HARD if case.vmap], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", HARD, ids=lambda case: case.name)
 def test_dense_is_exact(case: Case, device: torch.device) -> None:
     """What has no factors is exact with `on_unsupported="dense"`."""
     model_fn, params, batch = case.make(torch.float64, device)
