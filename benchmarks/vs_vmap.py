@@ -1,0 +1,303 @@
+"""Time, memory and error of `value_and_grad_dot` against vmap per-sample gradients and a loop over single samples.
+
+    python benchmarks/vs_vmap.py                        # an MLP and a nano GPT-2: a minute or two
+    python benchmarks/vs_vmap.py --size gpt2-small      # 12 x 768, B = 4, Bv = 1, T = 256: 8 GB for vmap, ten minutes
+
+Each method computes the same results: the mean training gradient, and the dot product of each training sample's
+gradient with the gradient of the mean validation loss (a plain step: the first alone).
+
+Time: the methods take turns in one process, and a method's figure is the median over the rounds of its ratio to the
+plain step of the same round. Memory: one step in a process of its own, the high-water mark of resident memory above
+what the process held before the step, on a GPU the allocator's. Error: against vmap in float32, |d - d*| / (|g_i| |V|)
+of a dot and |G - G*| / |G*| of the gradient, over all parameters.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import ghostfunc as gf
+
+RESULTS = Path(__file__).parent / "results" / "vs_vmap.json"
+Grads = dict[str, Tensor]
+
+
+class Workload(NamedTuple):
+    """A model and its two batches."""
+
+    model_fn: Callable[[Grads, Any], Tensor]
+    params: Grads
+    train: Any
+    val: Any
+    description: dict[str, Any]
+
+
+class Result(NamedTuple):
+    """What a method computes; a plain step has no dots."""
+
+    grads: Grads
+    dots: Tensor | None
+
+
+# --- workloads --------------------------------------------------------------------------------------------------------
+
+
+def mlp(device: torch.device) -> Workload:
+    n, m, sizes = 64, 16, (784, 1024, 1024, 1024)
+    layers = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(sizes)]
+    module = nn.Sequential(*layers, nn.Linear(sizes[-1], 10)).to(device)
+    model_fn, params = gf.functionalize(module, gf.classification_loss)
+    train, val = ((torch.randn(k, sizes[0]).to(device), torch.randint(10, (k,)).to(device)) for k in (n, m))
+    return Workload(model_fn, params, train, val, {"model": f"MLP {'-'.join(map(str, sizes))}-10", "B": n, "Bv": m})
+
+
+def gpt2(
+    device: torch.device, *, layers: int, heads: int, width: int, vocabulary: int, positions: int, tied: bool
+) -> Workload:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    n, m = 4, 1
+    config = GPT2Config(
+        n_layer=layers, n_head=heads, n_embd=width, vocab_size=vocabulary, n_positions=positions,
+        tie_word_embeddings=tied, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    module: nn.Module = GPT2LMHeadModel(config)
+    model_fn, params = gf.functionalize(module.to(device), gf.causal_lm_loss)
+    train, val = ({"input_ids": torch.randint(vocabulary, (k, positions)).to(device)} for k in (n, m))
+    model = f"GPT-2 {layers} x {width}, vocabulary {vocabulary}, {'tied' if tied else 'untied'}"
+    return Workload(model_fn, params, train, val, {"model": model, "B": n, "Bv": m, "T": positions})
+
+
+WORKLOADS: dict[str, Callable[[torch.device], Workload]] = {
+    "mlp": mlp,
+    "nano": lambda device: gpt2(device, layers=4, heads=4, width=128, vocabulary=8192, positions=256, tied=True),
+    "gpt2-small": lambda device: gpt2(
+        device, layers=12, heads=12, width=768, vocabulary=50257, positions=256, tied=True
+    ),
+    "gpt2-small-untied": lambda device: gpt2(
+        device, layers=12, heads=12, width=768, vocabulary=50257, positions=256, tied=False
+    ),
+}
+
+
+def build(size: str, device: torch.device) -> Workload:
+    torch.manual_seed(0)
+    return WORKLOADS[size](device)
+
+
+# --- methods ----------------------------------------------------------------------------------------------------------
+
+
+def plain_gradient(work: Workload, batch: Any) -> Grads:
+    leaves = {name: p.detach().requires_grad_() for name, p in work.params.items()}
+    grads = torch.autograd.grad(work.model_fn(leaves, batch).mean(), list(leaves.values()))
+    return dict(zip(leaves, grads, strict=True))
+
+
+def plain(work: Workload) -> Result:
+    """Forward and backward of the mean training loss."""
+    return Result(plain_gradient(work, work.train), None)
+
+
+def ghostfunc(work: Workload) -> Result:
+    """One forward and backward of both batches."""
+    result = gf.value_and_grad_dot(work.model_fn, work.params, work.train, work.val)
+    return Result(result.grads, result.dots)
+
+
+def by_vmap(work: Workload) -> Result:
+    """Per-sample gradients of the training batch by `vmap(grad)`, and the plain gradient of the validation batch."""
+    direction = plain_gradient(work, work.val)
+    per_sample = gf.per_sample_grad(work.model_fn, work.params, work.train)
+    dots = sum(g.flatten(1) @ direction[name].flatten() for name, g in per_sample.items())
+    assert isinstance(dots, Tensor)
+    return Result({name: g.mean(0) for name, g in per_sample.items()}, dots)
+
+
+def loop(work: Workload) -> Result:
+    """A backward pass for each training sample, and the plain gradient of the validation batch."""
+    direction = plain_gradient(work, work.val)
+    n, dots, grads = work.description["B"], [], {}
+    for i in range(n):
+        sample = pytree.tree_map(lambda t, i=i: t[i : i + 1], work.train)
+        for name, g in (own := plain_gradient(work, sample)).items():
+            grads[name] = grads[name].add_(g, alpha=1 / n) if i else g / n
+        dots.append(sum(torch.dot(g.flatten(), direction[name].flatten()) for name, g in own.items()))
+    return Result(grads, torch.stack(dots))
+
+
+METHODS: dict[str, Callable[[Workload], Result]] = {
+    "plain": plain, "ghostfunc": ghostfunc, "vmap": by_vmap, "loop": loop
+}  # fmt: skip
+
+
+# --- measurements -----------------------------------------------------------------------------------------------------
+
+
+def seconds(method: Callable[[Workload], Result], work: Workload, device: torch.device) -> float:
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    result = method(work)
+    synchronize()
+    elapsed = time.perf_counter() - start
+    del result
+    return elapsed
+
+
+def times(work: Workload, rounds: int, device: torch.device) -> dict[str, dict[str, Any]]:
+    for method in METHODS.values():
+        seconds(method, work, device)
+    taken: dict[str, list[float]] = {name: [] for name in METHODS}
+    for r in range(rounds):
+        names = list(METHODS)
+        for name in names[r % len(names) :] + names[: r % len(names)]:
+            taken[name].append(seconds(METHODS[name], work, device))
+    ratios = {name: [t / p for t, p in zip(ts, taken["plain"], strict=True)] for name, ts in taken.items()}
+    return {
+        name: {
+            "median_seconds": statistics.median(taken[name]),
+            "median_ratio": statistics.median(ratios[name]),
+            "ratios": ratios[name],
+        }
+        for name in METHODS
+    }
+
+
+def resident(field: str) -> int:
+    """`VmHWM` (the high-water mark) or `VmRSS` of this process, in bytes."""
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if match is None:
+        raise RuntimeError(f"/proc/self/status has no {field}: peak memory is measured on Linux only.")
+    return 1024 * int(match[1])
+
+
+def print_peak(size: str, method: str, device: torch.device) -> None:
+    """Run one step and print its peak; what `peak` calls in a process of its own."""
+    work = build(size, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        before = resident("VmRSS")
+    METHODS[method](work)
+    print((torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")) - before)
+
+
+def peak(size: str, method: str, arguments: argparse.Namespace) -> int:
+    command = [sys.executable, __file__, "--size", size, "--peak-of", method, "--device", arguments.device]
+    command += ["--threads", str(arguments.threads)]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def errors(work: Workload) -> dict[str, dict[str, float]]:
+    reference = by_vmap(work)
+    assert reference.dots is not None
+    per_sample = gf.per_sample_grad(work.model_fn, work.params, work.train)
+    norms = sum(g.flatten(1).square().sum(1) for g in per_sample.values())
+    assert isinstance(norms, Tensor)
+    del per_sample
+    direction = sum(g.square().sum() for g in plain_gradient(work, work.val).values())
+    scale = norms.sqrt() * torch.as_tensor(direction).sqrt()
+    total = torch.stack([g.square().sum() for g in reference.grads.values()]).sum().sqrt()
+    found = {}
+    for name in ("ghostfunc", "loop"):
+        result = METHODS[name](work)
+        assert result.dots is not None
+        gap = torch.stack([(g - reference.grads[key]).square().sum() for key, g in result.grads.items()]).sum().sqrt()
+        found[name] = {
+            "dots": ((result.dots - reference.dots).abs() / scale).max().item(),
+            "grads": (gap / total).item(),
+        }
+    return found
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return match[1] if match else platform.processor()
+
+
+def environment(arguments: argparse.Namespace) -> dict[str, Any]:
+    import transformers
+
+    device = torch.device(arguments.device)
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+        "load_average_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def measure(size: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    started = environment(arguments)
+    peaks = {name: peak(size, name, arguments) for name in METHODS}
+    work = build(size, torch.device(arguments.device))
+    found = errors(work)
+    taken = times(work, arguments.rounds, torch.device(arguments.device))
+    methods = {name: {**taken[name], "peak_bytes": peaks[name], "error": found.get(name)} for name in METHODS}
+    return {**work.description, "environment": started, "rounds": arguments.rounds, "methods": methods}
+
+
+def print_table(size: str, result: dict[str, Any]) -> None:
+    print(
+        f"\n{size}: {result['model']}, B={result['B']}, Bv={result['Bv']}, {result['environment']['threads']} threads"
+    )
+    print(f"{'method':12}{'seconds':>10}{'x plain':>10}{'peak MB':>10}{'dot error':>12}{'grad error':>12}")
+    for name, row in result["methods"].items():
+        error = row["error"] and f"{row['error']['dots']:12.1e}{row['error']['grads']:12.1e}"
+        times = f"{row['median_seconds']:10.3f}{row['median_ratio']:10.2f}"
+        print(f"{name:12}{times}{row['peak_bytes'] / 1e6:10.0f}{error or ''}")
+
+
+def save(path: Path, results: dict[str, Any]) -> None:
+    """Add to what the file holds already, in one step."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({**known, **results}, indent=1) + "\n")
+    partial.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", nargs="+", choices=list(WORKLOADS), default=["mlp", "nano"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON file that gains these sizes")
+    parser.add_argument("--peak-of", choices=list(METHODS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.peak_of:
+        print_peak(arguments.size[0], arguments.peak_of, torch.device(arguments.device))
+        return
+    for size in arguments.size:
+        result = measure(size, arguments)
+        print_table(size, result)
+        save(arguments.results, {size: result})
+
+
+if __name__ == "__main__":
+    main()
