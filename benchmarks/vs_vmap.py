@@ -76,8 +76,8 @@ def gpt2(
         tie_word_embeddings=tied, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    module: nn.Module = GPT2LMHeadModel(config)
-    model_fn, params = gf.functionalize(module.to(device), gf.causal_lm_loss)
+    module = nn.Module.to(GPT2LMHeadModel(config), device)
+    model_fn, params = gf.functionalize(module, gf.causal_lm_loss)
     train, val = ({"input_ids": torch.randint(vocabulary, (k, positions)).to(device)} for k in (n, m))
     model = f"GPT-2 {layers} x {width}, vocabulary {vocabulary}, {'tied' if tied else 'untied'}"
     return Workload(model_fn, params, train, val, {"model": model, "B": n, "Bv": m, "T": positions})
