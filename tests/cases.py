@@ -25,11 +25,10 @@ class Built(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A named case. `vmap` is False where `vmap(grad)` cannot run it."""
+    """A named case."""
 
     name: str
     make: Callable[[torch.dtype, torch.device], Built]
-    vmap: bool = True
 
 
 class Draw:

@@ -118,9 +118,84 @@ def _assigned(p: dict[str, Tensor], x: Tensor) -> Tensor:
     return out
 
 
+def _masked(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Only some positions pass through the layer, and are put back."""
+    chosen = x[..., 0] > 0
+    return torch.zeros_like(x).masked_scatter(chosen[..., None], F.linear(x[chosen], p["w"]))
+
+
+def _packed(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Tokens of all samples in one sequence, summed back by the sample's number."""
+    rows = F.linear(x.flatten(0, 1), p["w"], p["b"]).tanh()
+    owner = torch.arange(len(x), device=x.device).repeat_interleave(3)
+    return torch.zeros(len(x), 5, dtype=x.dtype, device=x.device).index_add(0, owner, rows)
+
+
+def _experts(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Each token goes to one of three experts, one of which is idle."""
+    tokens = x.reshape(-1, 4)
+    gates = F.linear(tokens, p["router"]).softmax(-1)
+    best = gates[:, :2].argmax(-1)
+    out = torch.zeros_like(tokens)
+    for expert in range(3):
+        rows = (best == expert).nonzero().squeeze(-1)
+        out.index_add_(0, rows, F.linear(tokens[rows], p["experts"][expert]) * gates[rows, expert, None])
+    return out.view_as(x)
+
+
+def _quantised(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Vector quantisation with a straight-through estimator."""
+    h = x @ p["w"]
+    nearest = torch.cdist(h, p["codes"]).argmin(-1)
+    codes = p["codes"][nearest]
+    return h + (codes - h).detach() + (codes - h.detach()).pow(2)
+
+
+def _spectral(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    """A filter in the frequency domain with complex weights from real parameters."""
+    return torch.fft.irfft(torch.fft.rfft(x, dim=-1) * torch.view_as_complex(p["w"]), n=4, dim=-1)
+
+
+def _inner_vmap(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    return torch.func.vmap(lambda row: torch.tanh(row @ p["w"]))(x)
+
+
+def _through_numpy(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Features that leave torch and come back."""
+    features = torch.tensor([[sum(row) for row in sample] for sample in x.tolist()], dtype=x.dtype, device=x.device)
+    return F.linear(x, p["w"]) + features.unsqueeze(-1) * p["s"]
+
+
 HARD = [
-    Case("lstm", _module(lambda: Recurrent(nn.LSTM), 3, 4), vmap=False),
-    Case("gru", _module(lambda: Recurrent(nn.GRU), 3, 4), vmap=False),
+    Case("masked positions", _function(_masked, w=(4, 4))),
+    Case("packed tokens", _function(_packed, w=(5, 4), b=(5,))),
+    Case("experts", _function(_experts, router=(3, 4), experts=(3, 4, 4))),
+    Case("quantised", _function(_quantised, w=(4, 5), codes=(6, 5))),
+    Case("spectral", _function(_spectral, w=(3, 2))),
+    Case("vmap inside", _function(_inner_vmap, w=(4, 5))),
+    Case("through lists", _function(_through_numpy, w=(5, 4), s=(5,))),
+    Case("prompt tuning", _function(
+        lambda p, x: torch.cat([p["prompt"].repeat(len(x), 1, 1), x], 1) @ p["w"], prompt=(2, 4), w=(4, 5)
+    )),
+    Case("reshaped across samples and back", _function(
+        lambda p, x: F.linear(x.reshape(3, len(x), 4), p["w"], p["b"]).reshape(len(x), 3, 5), w=(5, 4), b=(5,)
+    )),
+    Case("all in one row", _function(
+        lambda p, x: (x.reshape(1, -1, 4) * p["s"] + p["b"]).view(len(x), 3, 4), s=(4,), b=(4,)
+    )),
+    Case("a strided view", _function(
+        lambda p, x: F.linear(x.contiguous().as_strided((len(x), 2, 4), (12, 4, 1)), p["w"]), w=(5, 4)
+    )),
+    Case("unfolded", _function(lambda p, x: F.linear(x.unfold(1, 2, 1), p["w"]), w=(5, 2))),
+    Case("sorted in each sample", _function(lambda p, x: F.linear(x.sort(1).values, p["w"]), w=(5, 4))),
+    Case("samples as columns", _function(
+        lambda p, x: (p["w"] @ x.flatten(1).T + p["b"][:, None]).T, w=(5, 12), b=(5,)
+    )),
+    Case("samples as columns of a square", _function(
+        lambda p, x: (x[:, 0].T * p["rows"][:, None]).T + p["b"], rows=(4,), b=(4,)
+    )),
+    Case("lstm", _module(lambda: Recurrent(nn.LSTM), 3, 4)),
+    Case("gru", _module(lambda: Recurrent(nn.GRU), 3, 4)),
     Case("multihead attention", _module(Attention, 4, 4)),
     Case("encoder layer", _module(lambda: Encoder(batch_first=True), 4, 4)),
     Case("encoder layer, sequence first", _module(lambda: Encoder(batch_first=False), 4, 4)),
@@ -129,10 +204,10 @@ HARD = [
     Case("conv1d", _module(lambda: nn.Sequential(nn.Conv1d(3, 3, 2), nn.Flatten(), nn.Linear(9, 3)), 3, 4)),
     Case("transposed", _module(lambda: nn.Sequential(nn.ConvTranspose1d(3, 2, 2), nn.Flatten()), 3, 4)),
     Case("in place", _function(_in_place, w=(4, 4), b=(4,), s=(4,))),
-    Case("checkpointed", _function(_recomputed, w=(4, 4), b=(4,)), vmap=False),
+    Case("checkpointed", _function(_recomputed, w=(4, 4), b=(4,))),
     Case("assigned", _function(_assigned, w=(4, 3), constant=(2,))),
     Case("scripted", _function(lambda p, x: _scripted(x, p["w"]), w=(5, 4))),
-    Case("autograd function", _function(lambda p, x: Scale.apply(x @ p["w"], p["s"]), w=(4, 4), s=(4,)), vmap=False),
+    Case("autograd function", _function(lambda p, x: Scale.apply(x @ p["w"], p["s"]), w=(4, 4), s=(4,))),
     Case("stacked", _function(lambda p, x: x @ torch.stack([p["a"], p["b"]], 1), a=(4,), b=(4,))),
     Case("batch in the middle", _function(lambda p, x: F.linear(x.transpose(0, 1), p["w"]).transpose(0, 1), w=(5, 4))),
     Case("batch last", _function(lambda p, x: (p["w"] @ x.permute(1, 2, 0)).permute(2, 0, 1), w=(5, 4))),
@@ -140,7 +215,7 @@ HARD = [
     Case("time-major rows", _function(
         lambda p, x: F.linear(x.transpose(0, 1).reshape(-1, 4), p["w"]).view(3, -1, 5).transpose(0, 1), w=(5, 4)
     )),
-    Case("reversed batch", _function(lambda p, x: F.linear(x.flip(0), p["w"]).flip(0), w=(5, 4)), vmap=False),
+    Case("reversed batch", _function(lambda p, x: F.linear(x.flip(0), p["w"]).flip(0), w=(5, 4))),
     Case("permuted rows", _function(
         lambda p, x: F.linear(x[torch.arange(len(x) - 1, -1, -1)], p["w"])[torch.arange(len(x) - 1, -1, -1)], w=(5, 4)
     )),

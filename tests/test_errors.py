@@ -108,7 +108,35 @@ def rolled(p: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
     return (h + 0.5 * h.roll(1, 0)).pow(2).sum(-1)
 
 
-@pytest.mark.parametrize("model_fn", [contrastive, centred, load_balanced, rolled])
+def shifted(p: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+    h = F.linear(batch[0], p["w"]).tanh()
+    return (h + F.pad(h, (0, 0, 1, -1))).pow(2).sum(-1)  # the batch dimension keeps its length
+
+
+def attending(p: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+    h = F.linear(batch[0], p["w"])[None]  # the batch where the positions should be
+    return F.scaled_dot_product_attention(h, h, h)[0].pow(2).sum(-1)
+
+
+def normalised(p: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+    h = F.linear(batch[0], p["w"])
+    return F.cross_entropy((h - h.mean(0)) / (1 + h.std(0)), batch[1], reduction="none")
+
+
+def scrambled(p: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+    h = F.linear(batch[0], p["w"]).tanh()  # [B, 3]
+    return h.T.reshape(len(h), 3).cumsum(1).pow(2).sum(1)  # no transpose back
+
+
+def ranked(p: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+    losses = F.cross_entropy(F.linear(batch[0], p["w"]), batch[1], reduction="none")
+    return losses.sort().values
+
+
+MIXING = [contrastive, centred, load_balanced, rolled, shifted, attending, normalised, scrambled, ranked]
+
+
+@pytest.mark.parametrize("model_fn", MIXING)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_interacting_samples_are_refused(model_fn, schedule):
     draw = Draw(torch.float64, CPU)
