@@ -1,26 +1,516 @@
-"""Placeholder while the interpreter is being written: the same results from the dense oracle."""
+"""The public transforms: pure functions of `(model_fn, params, batches)`, shaped like `torch.func.grad`.
 
-from typing import Any, NamedTuple
+Each is one or two runs (forward and backward under the interpreter) and the contractions of their factors:
+
+    joint       train and validation rows go through one forward and one backward
+    two-phase   the validation gradient first, then the train rows are contracted with it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from ghostfunc._batch import batch_size, cannot_join, join, plain
+from ghostfunc._factors import Factor
 from ghostfunc._functionalize import ModelFn
-from ghostfunc._oracle import per_sample_grad
+from ghostfunc._interpreter import DrewRandomNumbers
+from ghostfunc._products import Along, Joint, Products, WithSamples
+from ghostfunc._run import Run, Want, base_factor, run
+
+Params = Mapping[str, Tensor]
+Dots = Tensor | dict[str, Tensor]
+Schedule = Literal["auto", "joint", "two-phase"]
+OnUnsupported = Literal["raise", "dense"]
 
 
 class ValueAndGradDot(NamedTuple):
+    """What `value_and_grad_dot` returns.
+
+    Attributes:
+        losses: `[n]`, of the train samples.
+        val_losses: `[m]`, of the validation samples.
+        grads: the gradient of the mean train loss, by name.
+        dots: the dot products, in the axes that `out` asks for.
+    """
+
     losses: Tensor
     val_losses: Tensor
     grads: dict[str, Tensor]
-    dots: Any
+    dots: Dots
 
 
-def value_and_grad_dot(model_fn: ModelFn, params, train, val, *, out="train", reduction="mean", precondition=None,
-                       schedule="auto", dtype=None, layers="", has_aux=False, on_unsupported="raise"):
-    g, v = per_sample_grad(model_fn, params, train), per_sample_grad(model_fn, params, val)
-    grads = {k: t.mean(0) for k, t in g.items()}
-    each = {k: torch.einsum("np,p->n", g[k].flatten(1), v[k].mean(0).flatten()) for k in g}
-    dots = sum(each.values()) if out == "train" else each
-    with torch.no_grad():
-        return ValueAndGradDot(model_fn(params, train), model_fn(params, val), grads, dots)
+class _Axes(NamedTuple):
+    order: tuple[str, ...]
+    per_param: bool
+    each_val: bool
+
+
+_AXES = ("param", "train", "val")
+
+
+def _axes(out: str, available: tuple[str, ...] = _AXES) -> _Axes:
+    names = tuple("train" if name == "sample" else name for name in out.split())
+    unknown = [name for name in names if name not in available]
+    if unknown or "train" not in names or len(set(names)) != len(names):
+        raise ValueError(
+            f"out={out!r}: each axis may stand once and 'train' (or 'sample') must be among them; the axes here are "
+            f"{', '.join(map(repr, available))}, for example 'train', 'param train' or 'train val'."
+        )
+    return _Axes(names, "param" in names, "val" in names)
+
+
+def match_layers(layers: str | Callable[[str], bool], names: list[str]) -> frozenset[str]:
+    """The parameters that a pattern means.
+
+    Args:
+        layers: comma-separated name parts, matched at dots ("h.1" is not "h.11"); empty for all; or a function of
+            the name.
+        names: the parameters' names.
+
+    Returns:
+        The names that match.
+
+    Raises:
+        ValueError: if a part matches nothing; the message lists the names.
+    """
+    if callable(layers):
+        return frozenset(name for name in names if layers(name))
+    found: set[str] = set()
+    for part in (p.strip() for p in layers.split(",") if p.strip()):
+        matched = [name for name in names if f".{part}." in f".{name}."]
+        if not matched:
+            raise ValueError(f"layers: no parameter matches {part!r}; the parameters are {', '.join(names)}.")
+        found.update(matched)
+    return frozenset(found or names)
+
+
+def _check_params(params: Params) -> dict[str, Tensor]:
+    if not isinstance(params, Mapping) or not params:
+        raise ValueError("params must be a dict of at least one tensor by name.")
+    for name, p in params.items():
+        if not isinstance(p, Tensor):
+            raise TypeError(f"params[{name!r}] is a {type(p).__name__}, not a tensor.")
+        if not p.is_floating_point():
+            raise TypeError(
+                f"params[{name!r}] of shape {tuple(p.shape)} has dtype {p.dtype}: only floating-point tensors have "
+                "gradients. Leave it in the module, or close over it in model_fn."
+            )
+    return dict(params)
+
+
+def _contraction_dtype(params: Params, dtype: torch.dtype | None) -> torch.dtype:
+    if dtype is not None:
+        return dtype
+    widest = torch.float32
+    for p in params.values():
+        widest = torch.promote_types(widest, p.dtype)
+    return widest
+
+
+@contextmanager
+def _restoring_randomness(params: Params):
+    """Gives a function that puts the random number generators back to where they were."""
+    device = next(iter(params.values())).device
+    cpu = torch.get_rng_state()
+    accelerator = torch.get_device_module(device).get_rng_state(device) if device.type != "cpu" else None
+
+    def restore() -> None:
+        torch.set_rng_state(cpu)
+        if accelerator is not None:
+            torch.get_device_module(device).set_rng_state(accelerator, device)
+
+    yield restore
+
+
+def _arranged(columns: dict[str, Tensor], axes: _Axes, scale: float) -> Dots:
+    """Per-parameter products `[n, k]` in the axes that were asked for."""
+
+    def shaped(dots: Tensor) -> Tensor:
+        dots = dots * scale if scale != 1 else dots
+        if not axes.each_val:
+            return dots.squeeze(1)
+        return dots if axes.order.index("train") < axes.order.index("val") else dots.t()
+
+    if axes.per_param:
+        return {name: shaped(dots) for name, dots in columns.items()}
+    return shaped(torch.stack(list(columns.values())).sum(0))
+
+
+def _product_columns(products: Products, result: Run, names: frozenset[str]) -> dict[str, Tensor]:
+    return {name: products.products(result, name) for name in result.leaves if name in names}
+
+
+class _Call(NamedTuple):
+    """The arguments that every transform shares, checked."""
+
+    model_fn: ModelFn
+    params: dict[str, Tensor]
+    dtype: torch.dtype
+    names: frozenset[str]
+    has_aux: bool
+    lenient: bool
+
+    def run(self, batch: Any, samples: int, **want: Any) -> Run:
+        return run(
+            self.model_fn,
+            self.params,
+            batch,
+            samples,
+            Want(dtype=self.dtype, has_aux=self.has_aux, lenient=self.lenient, **want),
+        )
+
+    def contracted(self, products: Products, batch: Any, samples: int, **want: Any) -> Run:
+        return self.run(
+            batch, samples, factors=self.names, more_taps=products.more_taps, plan=products.plan, **want
+        )
+
+
+def _checked(
+    model_fn: ModelFn,
+    params: Params,
+    dtype: torch.dtype | None,
+    layers: str | Callable[[str], bool],
+    has_aux: bool,
+    on_unsupported: OnUnsupported,
+) -> _Call:
+    params = _check_params(params)
+    if on_unsupported not in ("raise", "dense"):
+        raise ValueError(f"on_unsupported={on_unsupported!r}: expected 'raise' or 'dense'.")
+    names = match_layers(layers, list(params))
+    return _Call(model_fn, params, _contraction_dtype(params, dtype), names, has_aux, on_unsupported == "dense")
+
+
+def _dots(
+    call: _Call,
+    train: Any,
+    val: Any,
+    *,
+    out: str,
+    reduction: str,
+    precondition: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None,
+    schedule: str,
+    grads: bool,
+) -> tuple[Tensor, Tensor, dict[str, Tensor], Dots, Any]:
+    axes = _axes(out)
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'sum' over the validation samples.")
+    if schedule not in ("auto", "joint", "two-phase"):
+        raise ValueError(f"schedule={schedule!r}: expected 'auto', 'joint' or 'two-phase'.")
+    if precondition is not None and axes.each_val:
+        raise ValueError("precondition takes one validation gradient; it cannot serve an out with the axis 'val'.")
+    train, val = plain(train), plain(val)
+    n, m = batch_size(train, "train"), batch_size(val, "val")
+    why_not = "a precondition needs the whole validation gradient first" if precondition else cannot_join(train, val)
+    if schedule == "joint" and why_not:
+        raise ValueError(f"schedule='joint' cannot serve this call: {why_not}. Use schedule='two-phase' or 'auto'.")
+    joint = schedule == "joint" or (schedule == "auto" and not why_not and not call.has_aux and m <= n)
+    if joint:
+        with _restoring_randomness(call.params) as restore:
+            try:
+                return _joint(call, train, val, n, m, axes, reduction, grads, refuse_random=schedule == "auto")
+            except DrewRandomNumbers:
+                restore()
+    return _two_phase(call, train, val, n, m, axes, reduction, precondition, grads)
+
+
+def _joint(
+    call: _Call, train: Any, val: Any, n: int, m: int, axes: _Axes, reduction: str, grads: bool, refuse_random: bool
+) -> tuple[Tensor, Tensor, dict[str, Tensor], Dots, Any]:
+    device = next(iter(call.params.values())).device
+    val_weight = 1.0 if axes.each_val or reduction == "sum" else 1.0 / m
+    weights = torch.full((n + m,), 1.0 / n if grads else 1.0, dtype=torch.float64, device=device)
+    weights[n:] = val_weight
+    products = Joint(call.names, n, m, axes.each_val)
+    result = call.contracted(
+        products, join(train, val), n + m, train=n, grads=grads, weights=weights, refuse_random=refuse_random
+    )
+    dots = _arranged(_product_columns(products, result, call.names), axes, n if grads else 1)
+    aux = pytree.tree_map_only(Tensor, lambda t: t[:n] if t.dim() and len(t) == n + m else t, result.aux)
+    return result.losses[:n], result.losses[n:], result.grads, dots, aux
+
+
+def _two_phase(
+    call: _Call,
+    train: Any,
+    val: Any,
+    n: int,
+    m: int,
+    axes: _Axes,
+    reduction: str,
+    precondition: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None,
+    grads: bool,
+) -> tuple[Tensor, Tensor, dict[str, Tensor], Dots, Any]:
+    device = next(iter(call.params.values())).device
+    products: Products
+    with _restoring_randomness(call.params) as restore:
+        if axes.each_val:
+            first = call.run(val, m, train=m, factors=call.names, dropout=False)
+            products = WithSamples(call.names, n, first, m)
+        else:
+            weights = torch.full((m,), 1.0 / m if reduction == "mean" else 1.0, dtype=torch.float64, device=device)
+            first = call.run(val, m, train=m, grads=True, weights=weights, dropout=False)
+            direction = first.grads if precondition is None else precondition(first.grads)
+            products = Along(call.names, n, _one_direction(direction, call), 1)
+        restore()
+    weights = torch.full((n,), 1.0 / n if grads else 1.0, dtype=torch.float64, device=device)
+    result = call.contracted(products, train, n, train=n, grads=grads, weights=weights)
+    dots = _arranged(_product_columns(products, result, call.names), axes, n if grads else 1)
+    return result.losses, first.losses, result.grads, dots, result.aux
+
+
+def _one_direction(direction: Params, call: _Call) -> dict[str, Tensor]:
+    """The direction of each parameter that is asked for, `[1, *shape]`, checked."""
+    missing = sorted(call.names - set(direction))
+    if missing:
+        raise ValueError(f"direction: no entry for {', '.join(missing)}; it must have an entry for each parameter in play.")
+    unknown = sorted(set(direction) - set(call.params))
+    if unknown:
+        raise ValueError(f"direction: {', '.join(unknown)} are not parameters; these are {', '.join(call.params)}.")
+    for name in call.names:
+        given, expected = direction[name].shape, call.params[name].shape
+        if given != expected:
+            raise ValueError(f"direction[{name!r}] has shape {tuple(given)}; the parameter has {tuple(expected)}.")
+    return {name: direction[name].detach().to(call.dtype).unsqueeze(0) for name in call.names}
+
+
+def ghost_grad_dot(
+    model_fn: ModelFn,
+    params: Params,
+    train: Any,
+    val: Any,
+    *,
+    out: str = "train",
+    reduction: str = "mean",
+    precondition: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    schedule: str = "auto",
+    dtype: torch.dtype | None = None,
+    layers: str | Callable[[str], bool] = "",
+    has_aux: bool = False,
+    on_unsupported: str = "raise",
+) -> Any:
+    """Dot products of each train sample's gradient with the validation gradient.
+
+    dots[i] = <grad l_i, mean_j grad l_j>: to first order, a step of plain gradient descent on sample i alone with
+    learning rate lr changes the mean validation loss by -lr * dots[i]. Positive is helpful. (In-Run Data Shapley,
+    section 4.2, equation of the first-order value.)
+
+    Args:
+        model_fn: `model_fn(params, batch) -> losses[B]`.
+        params: parameters by name; all of them are differentiated.
+        train: a pytree of tensors `[n, ...]`.
+        val: a pytree of tensors `[m, ...]`.
+        out: the axes of the result: "train" `[n]`; "param train" a dict of `[n]`, which sum to "train"; "train val"
+            `[n, m]`, the dot product with each validation sample; "param train val" a dict of `[n, m]`.
+        reduction: "mean" or "sum" over the validation samples.
+        precondition: a function of the validation gradient (a dict like `params`) that gives the direction used.
+        schedule: "joint": train and validation rows in one forward and backward; "two-phase": the validation gradient
+            first; "auto": joint where the batches allow it and nothing random is drawn.
+        dtype: the dtype of contractions; by default float32, float64 for float64 parameters.
+        layers: restricts the dot products to parameters whose names match: comma-separated parts, matched at dots, or
+            a function of the name.
+        has_aux: `model_fn` returns `(losses, aux)`, and the result is `(dots, aux)` with the train batch's aux.
+        on_unsupported: "raise", or "dense": a parameter used where no rule sees it costs one backward pass for each
+            sample, and is exact.
+
+    Returns:
+        The dot products in the axes of `out`; with `has_aux`, `(dots, aux)`.
+
+    Raises:
+        UnsupportedUse: if the use of a parameter is not accounted for.
+        InteractingSamples: if a sample's loss depends on other samples.
+        ValueError: for batches, axes, layers or schedules that do not fit.
+
+    Example:
+        >>> import torch, ghostfunc as gf
+        >>> model_fn, params = gf.functionalize(torch.nn.Linear(4, 3), gf.classification_loss)
+        >>> train = (torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+        >>> val = (torch.randn(2, 4), torch.tensor([2, 0]))
+        >>> gf.ghost_grad_dot(model_fn, params, train, val).shape
+        torch.Size([5])
+        >>> gf.ghost_grad_dot(model_fn, params, train, val, out="train val").shape
+        torch.Size([5, 2])
+    """
+    call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported)  # type: ignore[arg-type]
+    *_, dots, aux = _dots(
+        call,
+        train,
+        val,
+        out=out,
+        reduction=reduction,
+        precondition=precondition,
+        schedule=schedule,
+        grads=False,
+    )
+    return (dots, aux) if has_aux else dots
+
+
+def value_and_grad_dot(
+    model_fn: ModelFn,
+    params: Params,
+    train: Any,
+    val: Any,
+    *,
+    out: str = "train",
+    reduction: str = "mean",
+    precondition: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    schedule: str = "auto",
+    dtype: torch.dtype | None = None,
+    layers: str | Callable[[str], bool] = "",
+    has_aux: bool = False,
+    on_unsupported: str = "raise",
+) -> Any:
+    """Losses, the mean training gradient and the dot products of `ghost_grad_dot`, from one forward and backward.
+
+    Args:
+        model_fn: `model_fn(params, batch) -> losses[B]`.
+        params: parameters by name; all of them are differentiated.
+        train: a pytree of tensors `[n, ...]`.
+        val: a pytree of tensors `[m, ...]`; its samples do not enter `grads`.
+        out: as in `ghost_grad_dot`.
+        reduction: as in `ghost_grad_dot`.
+        precondition: as in `ghost_grad_dot`.
+        schedule: as in `ghost_grad_dot`. With dropout active, "auto" takes "two-phase": train samples draw what a plain
+            step would, validation samples run without dropout.
+        dtype: as in `ghost_grad_dot`.
+        layers: restricts the dot products; `grads` has every parameter.
+        has_aux: as in `ghost_grad_dot`.
+        on_unsupported: as in `ghost_grad_dot`.
+
+    Returns:
+        `ValueAndGradDot(losses[n], val_losses[m], grads, dots)`; `grads` is what `torch.func.grad` of the mean train
+        loss gives. With `has_aux`, `(ValueAndGradDot, aux)`.
+
+    Raises:
+        UnsupportedUse: as in `ghost_grad_dot`.
+        InteractingSamples: as in `ghost_grad_dot`.
+        ValueError: as in `ghost_grad_dot`.
+
+    Example:
+        >>> import torch, ghostfunc as gf
+        >>> model_fn, params = gf.functionalize(torch.nn.Linear(4, 3), gf.classification_loss)
+        >>> train = (torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+        >>> val = (torch.randn(2, 4), torch.tensor([2, 0]))
+        >>> result = gf.value_and_grad_dot(model_fn, params, train, val)
+        >>> result.losses.shape, result.grads["weight"].shape, result.dots.shape
+        (torch.Size([5]), torch.Size([3, 4]), torch.Size([5]))
+    """
+    call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported)  # type: ignore[arg-type]
+    losses, val_losses, grads, dots, aux = _dots(
+        call,
+        train,
+        val,
+        out=out,
+        reduction=reduction,
+        precondition=precondition,
+        schedule=schedule,
+        grads=True,
+    )
+    result = ValueAndGradDot(losses, val_losses, grads, dots)
+    return (result, aux) if has_aux else result
+
+
+def ghost_grad_along(
+    model_fn: ModelFn,
+    params: Params,
+    batch: Any,
+    direction: Params,
+    *,
+    out: str = "sample",
+    dtype: torch.dtype | None = None,
+    layers: str | Callable[[str], bool] = "",
+    has_aux: bool = False,
+    on_unsupported: str = "raise",
+) -> Any:
+    """Dot products of each sample's gradient with a direction: d[b] = <grad l_b, direction>.
+
+    Args:
+        model_fn: `model_fn(params, batch) -> losses[B]`.
+        params: parameters by name.
+        batch: a pytree of tensors `[B, ...]`.
+        direction: a dict like `params`.
+        out: "sample" (or "train") `[B]`, or "param sample", a dict of `[B]`.
+        dtype: as in `ghost_grad_dot`.
+        layers: as in `ghost_grad_dot`.
+        has_aux: as in `ghost_grad_dot`.
+        on_unsupported: as in `ghost_grad_dot`.
+
+    Returns:
+        `[B]`, or a dict of them; with `has_aux`, `(dots, aux)`.
+
+    Raises:
+        UnsupportedUse: as in `ghost_grad_dot`.
+        InteractingSamples: as in `ghost_grad_dot`.
+        ValueError: if the direction's names or shapes are not the parameters'.
+
+    Example:
+        >>> import torch, ghostfunc as gf
+        >>> model_fn, params = gf.functionalize(torch.nn.Linear(4, 3), gf.classification_loss)
+        >>> batch = (torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+        >>> gf.ghost_grad_along(model_fn, params, batch, {k: torch.ones_like(p) for k, p in params.items()}).shape
+        torch.Size([5])
+    """
+    call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported)  # type: ignore[arg-type]
+    axes = _axes(out, ("param", "train"))
+    batch = plain(batch)
+    samples = batch_size(batch, "given")
+    products = Along(call.names, samples, _one_direction(direction, call), 1)
+    result = call.contracted(products, batch, samples, train=samples)
+    dots = _arranged(_product_columns(products, result, call.names), axes, 1)
+    return (dots, result.aux) if has_aux else dots
+
+
+def ghost_factors(
+    model_fn: ModelFn,
+    params: Params,
+    batch: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    layers: str | Callable[[str], bool] = "",
+    has_aux: bool = False,
+    on_unsupported: str = "raise",
+) -> Any:
+    """The factors of every parameter's per-sample gradients, as values.
+
+    The gradient of sample b with respect to a parameter is the sum of its factors' gradients of sample b
+    (`factor.dense(shape)[b]`). Unlike contractions, factors stay in memory: activations and grad-outputs of every layer.
+
+    Args:
+        model_fn: `model_fn(params, batch) -> losses[B]`.
+        params: parameters by name.
+        batch: a pytree of tensors `[B, ...]`.
+        dtype: the factors' dtype, as in `ghost_grad_dot`.
+        layers: as in `ghost_grad_dot`.
+        has_aux: as in `ghost_grad_dot`.
+        on_unsupported: as in `ghost_grad_dot`.
+
+    Returns:
+        `(losses[B], {name: [Outer | Gather | Dense, ...]})`, one factor for each use; an empty list for a parameter that
+        the losses do not depend on. With `has_aux`, `(losses, factors, aux)`.
+
+    Raises:
+        UnsupportedUse: as in `ghost_grad_dot`.
+        InteractingSamples: as in `ghost_grad_dot`.
+
+    Example:
+        >>> import torch, ghostfunc as gf
+        >>> model_fn, params = gf.functionalize(torch.nn.Linear(4, 3), gf.classification_loss)
+        >>> losses, factors = gf.ghost_factors(model_fn, params, (torch.randn(2, 4), torch.tensor([0, 1])))
+        >>> factors["weight"][0].a.shape, factors["weight"][0].g.shape
+        (torch.Size([2, 1, 4]), torch.Size([2, 1, 3]))
+    """
+    call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported)  # type: ignore[arg-type]
+    batch = plain(batch)
+    samples = batch_size(batch, "given")
+    result = call.run(batch, samples, train=samples, factors=call.names)
+    factors: dict[str, list[Factor]] = {
+        name: [base_factor(result, site, result.factors[site], name) for site in result.sites(name)]
+        for name in call.params
+        if name in call.names
+    }
+    return (result.losses, factors, result.aux) if has_aux else (result.losses, factors)

@@ -211,7 +211,7 @@ class GradDotProdEngine:
             raise ValueError("no validation batch: pass val_batch, or call update_validation_batch(X_val, Y_val).")
         result = self._value_and_grad_dot(batch)
         dots = _per_sample(result.dots)
-        self._require_finite(result.losses, dots)
+        self._require_finite(result, dots)
 
         self.losses, self.dots = result.losses, result.dots
         if self.log is not None:
@@ -391,22 +391,30 @@ class GradDotProdEngine:
             }
         )
 
-    def _require_finite(self, losses: Tensor, dots: Tensor) -> None:
-        finite = losses.isfinite() & dots.isfinite()  # [n]
-        if finite.all():
+    def _require_finite(self, result: ValueAndGradDot, dots: Tensor) -> None:
+        losses, val_losses = result.losses, result.val_losses
+        if torch.cat([losses, val_losses, dots]).isfinite().all():  # one look, as each waits for the device
             return
-        bad = (~finite).nonzero().flatten().tolist()
-        where, names = "position in the batch", [str(i) for i in range(len(losses))]
-        if self._attached is not None:
-            where = f"sample id in iteration {self._attached.iteration}"
-            pairs = zip(self._attached.domains, self._attached.sample_ids, strict=True)
-            names = [f"{domain}:{sample_id}" if domain else str(sample_id) for domain, sample_id in pairs]
-        shown = [f"{names[i]} (loss {losses[i].item():g}, dot {dots[i].item():g})" for i in bad[:8]]
+        # A loss that is not finite spoils dots beyond its own, so that losses are looked at first.
+        if not val_losses.isfinite().all():
+            what, values, ids = "validation loss", val_losses, [f"position {i}" for i in range(len(val_losses))]
+        elif not losses.isfinite().all():
+            what, values, ids = "training loss", losses, self._sample_names(len(losses))
+        else:
+            what, values, ids = "dot", dots, self._sample_names(len(losses))
+        bad = (~values.isfinite()).nonzero().flatten().tolist()
+        shown = "; ".join(f"{ids[i]} ({values[i].item():g})" for i in bad[:8])
+        when = f" in iteration {self._attached.iteration}" if self._attached is not None else ""
         raise FloatingPointError(
-            f"{len(bad)} of {len(losses)} samples have a loss or a dot that is not finite; by {where}: "
-            f"{'; '.join(shown)}. Nothing was logged or deposited. Lower the learning rate, clip gradients, or look at "
-            "these samples and at the validation batch."
+            f"the {what} of {len(bad)} of {len(values)} samples is not finite{when}: {shown}. Nothing was logged or "
+            "deposited. Look at these samples, lower the learning rate, or clip gradients."
         )
+
+    def _sample_names(self, n: int) -> list[str]:
+        if self._attached is None:
+            return [f"position {i}" for i in range(n)]
+        pairs = zip(self._attached.domains, self._attached.sample_ids, strict=True)
+        return [f"sample {sample_id} of {domain}" if domain else f"sample {sample_id}" for domain, sample_id in pairs]
 
 
 class GhostEngineManager(GradDotProdEngine):

@@ -1,0 +1,263 @@
+"""Contractions of factors: dot products with directions, dot products between samples, sums over samples.
+
+For a weight `[p, q]` and train rows left `[n, R, p]`, right `[n, R, q]` (the weight gradient is left^T right, 2nR·pq
+FLOPs) the dot products with k directions V can be had in three orders:
+
+    Gram         sum_rs (left_r · left'_s)(right_r · right'_s)      2·nR·mR'·(p + q), no direction is formed
+    direction    sum_r left_r · (V right_r)                         2·nR·pq for each direction
+    tile stream  <left_i^T right_i, V>, tile by tile                2·n·pq for each direction, beside the weight gradient
+
+The tile stream makes the weight gradient one sample at a time, in tiles that stay in the cache, so that dot products
+cost one pass over cached data. Every function here accumulates in the dtype that it is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ghostfunc._factors import Dense, Factor, Gather, Outer, Own
+
+_TILE_BYTES = 8 << 20
+_GRAM_BYTES = 256 << 20
+_MEMORY_BOUND = 32  # FLOPs of a matrix product that cost what the stream's pass over one tile entry costs (measured)
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """Directions as tensors: `[k, p, q]`."""
+
+    tensor: Tensor
+
+    @property
+    def count(self) -> int:
+        """The number of directions, k."""
+        return len(self.tensor)
+
+    def tile(self, start: int, stop: int) -> Tensor:
+        """Rows start to stop of every direction, `[k, t, q]`."""
+        return self.tensor[:, start:stop]
+
+
+@dataclass(frozen=True, eq=False)
+class FromRows:
+    """Directions left_j^T right_j of validation rows left `[m, R', p]`, right `[m, R', q]`: one for each sample, or their sum."""
+
+    left: Tensor
+    right: Tensor
+    each: bool
+
+    @property
+    def count(self) -> int:
+        """The number of directions, k."""
+        return len(self.left) if self.each else 1
+
+    def tile(self, start: int, stop: int) -> Tensor:
+        """Rows start to stop of every direction, `[k, t, q]`."""
+        left = self.left[:, :, start:stop]
+        if self.each:
+            return torch.bmm(left.transpose(1, 2), self.right)
+        return (left.reshape(-1, stop - start).t() @ self.right.flatten(0, 1)).unsqueeze(0)
+
+
+Directions = Given | FromRows
+
+
+@dataclass(frozen=True)
+class Order:
+    """A way to contract one weight, with what it costs beside nothing: all products, the weight gradient included."""
+
+    name: str  # "Gram", "direction", "tile stream"
+    flops: int
+    passes: int  # entries that are passed over without a product to speak of
+
+    @property
+    def cost(self) -> int:
+        """FLOPs, with passes over memory as the FLOPs that take as long."""
+        return self.flops + _MEMORY_BOUND * self.passes
+
+
+def orders(n: int, positions: int, p: int, q: int, k: int, val_rows: int, *, given: bool, want_grad: bool) -> list[Order]:
+    """The orders in which the dot products of n samples with k directions can be had, with their costs.
+
+    Args:
+        n: train samples.
+        positions: positions of a train sample, R.
+        p: rows of the weight.
+        q: columns of the weight.
+        k: directions.
+        val_rows: validation rows m·R' that the directions are made of.
+        given: whether the directions exist already.
+        want_grad: whether the weight gradient is wanted too.
+
+    Returns:
+        The possible orders.
+    """
+    weight = 2 * n * positions * p * q
+    make = 0 if given else 2 * val_rows * p * q
+    found = [
+        Order("direction", make + k * weight + want_grad * weight, n * positions * q * k),
+        Order("tile stream", make + weight + 2 * n * k * p * q, n * p * q),
+    ]
+    if not given:
+        pairs = n * positions * val_rows
+        found.append(Order("Gram", 2 * pairs * (p + q) + want_grad * weight, pairs))
+    return found
+
+
+def contract_outer(factor: Outer, directions: Directions, *, want_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Dot products of every sample with every direction, and the sum of the samples' gradients.
+
+    Args:
+        factor: the train rows.
+        directions: k directions.
+        want_grad: whether the sum over samples is wanted.
+
+    Returns:
+        `(dots[n, k], grad[p, q] or None)`.
+    """
+    left, right = factor.left, factor.right  # [n, R, p], [n, R, q]
+    n, positions, p = left.shape
+    given = isinstance(directions, Given)
+    val_rows = 0 if given else directions.left.shape[0] * directions.left.shape[1]
+    best = min(
+        orders(n, positions, p, right.shape[2], directions.count, val_rows, given=given, want_grad=want_grad),
+        key=lambda order: order.cost,
+    )
+    if best.name == "tile stream":
+        return _tile_stream(left, right, directions, want_grad)
+    grad = left.flatten(0, 1).t() @ right.flatten(0, 1) if want_grad else None  # [p, q]
+    if isinstance(directions, FromRows) and best.name == "Gram":
+        other = Outer(directions.right, directions.left)
+        dots = pair(Outer(right, left), other)  # [n, m]
+        return (dots if directions.each else dots.sum(1, keepdim=True)), grad
+    return _along_outer(left, right, directions.tile(0, p)), grad
+
+
+def _along_outer(left: Tensor, right: Tensor, directions: Tensor) -> Tensor:
+    """sum_r left_r · (V right_r) for each V of `[k, p, q]`, through the narrower side: `[n, k]`."""
+    columns = []
+    for direction in directions:
+        if left.shape[2] < right.shape[2]:
+            moved, still = right @ direction.t(), left  # [n, R, p]
+        else:
+            moved, still = left @ direction, right  # [n, R, q]
+        columns.append((moved * still).sum((1, 2)))
+    return torch.stack(columns, 1)
+
+
+def _tile_stream(left: Tensor, right: Tensor, directions: Directions, want_grad: bool) -> tuple[Tensor, Tensor | None]:
+    n, _, p = left.shape
+    q = right.shape[2]
+    rows = max(1, min(p, _TILE_BYTES // max(1, n * q * left.element_size())))
+    dots = left.new_zeros(n, directions.count)
+    grad = left.new_empty(p, q) if want_grad else None
+    buffer = left.new_empty(n * rows * q)
+    for start in range(0, p, rows):
+        stop = min(start + rows, p)
+        tile = buffer[: n * (stop - start) * q].view(n, stop - start, q)
+        for sample in range(n):
+            torch.mm(left[sample, :, start:stop].t(), right[sample], out=tile[sample])
+        dots += tile.view(n, -1) @ directions.tile(start, stop).reshape(directions.count, -1).t()
+        if grad is not None:
+            torch.sum(tile, 0, out=grad[start:stop])
+    return dots, grad
+
+
+def along(factor: Factor, directions: Tensor) -> Tensor:
+    """Dot products of every sample's gradient with k directions.
+
+    Args:
+        factor: B samples.
+        directions: `[k, *shape]` of the tensor that the factor is a gradient of.
+
+    Returns:
+        `[B, k]`.
+    """
+    if isinstance(factor, Outer):
+        return contract_outer(factor, Given(directions), want_grad=False)[0]
+    if isinstance(factor, Gather):
+        return torch.stack([(direction[factor.ids] * factor.g).sum((1, 2)) for direction in directions], 1)
+    if isinstance(factor, Dense):
+        return factor.grad.flatten(1) @ directions.flatten(1).t()
+    rows = slice(factor.start, factor.start + len(factor.grad))
+    return torch.stack([(factor.axis.split(d)[rows] * factor.grad).flatten(1).sum(1) for d in directions], 1)
+
+
+def pair(train: Factor, val: Factor) -> Tensor:
+    """Dot products of every train sample with every validation sample, `[n, m]`, of one use with another.
+
+    An `Outer` and a `Gather` are both sums over positions of outer(left, right) (a `Gather`'s left is one-hot), so
+    that every pair of them is sum_rs (left_r · left'_s)(right_r · right'_s).
+    """
+    if isinstance(train, Own) or isinstance(val, Own):
+        raise TypeError("a tensor with a part for each sample has no pairs; its gradients go through directions.")
+    if isinstance(val, Dense):
+        return along(train, val.grad)
+    if isinstance(train, Dense):
+        return along(val, train.grad).t()
+    n, m = len(train.g), len(val.g)
+    positions, val_positions = train.g.shape[1], val.g.shape[1]
+    bytes_per_sample = positions * m * val_positions * train.g.element_size()
+    step = max(1, _GRAM_BYTES // max(1, bytes_per_sample))
+    blocks = []
+    for start in range(0, n, step):
+        some = train.part(start, start + step)
+        product = left_gram(some, val) * right_gram(some, val)  # [s * R, m * R']
+        blocks.append(product.view(-1, positions, m, val_positions).sum((1, 3)))
+    return torch.cat(blocks)
+
+
+def pair_sum(train: Factor, val: Factor) -> Tensor:
+    """Dot products of every train sample with the sum of the validation samples' gradients, `[n, 1]`."""
+    if isinstance(train, Outer) and isinstance(val, Outer):
+        return contract_outer(train, FromRows(val.left, val.right, each=False), want_grad=False)[0]
+    if isinstance(val, Dense):
+        return along(train, val.grad.sum(0, keepdim=True))
+    if isinstance(val, Gather) and isinstance(train, (Outer, Gather)):
+        return _along_table(train, val)
+    return pair(train, val).sum(1, keepdim=True)
+
+
+def _along_table(train: Outer | Gather, val: Gather) -> Tensor:
+    """The same where the direction is a table with few rows that are not zero: only these are formed."""
+    known, place = val.ids.unique(return_inverse=True)  # [U]
+    table = val.g.new_zeros(len(known), val.g.shape[-1]).index_add_(0, place.flatten(), val.g.flatten(0, 1))  # [U, d]
+    if isinstance(train, Outer):
+        columns = train.left[:, :, known]  # [n, R, U]
+        return (columns * (train.right @ table.t())).sum((1, 2)).unsqueeze(1)
+    index = torch.searchsorted(known, train.ids).clamp(max=len(known) - 1)  # [n, R]
+    hit = (known[index] == train.ids).unsqueeze(-1)
+    return (table[index] * train.g * hit).sum((1, 2)).unsqueeze(1)
+
+
+def left_gram(train: Outer | Gather, val: Outer | Gather) -> Tensor:
+    """left · left' for every pair of positions, `[n * R, m * R']`."""
+    if isinstance(train, Gather) and isinstance(val, Gather):
+        return (train.ids.flatten()[:, None] == val.ids.flatten()).to(train.g.dtype)
+    if isinstance(val, Gather):
+        return train.left.flatten(0, 1)[:, val.ids.flatten()]  # type: ignore[union-attr]
+    if isinstance(train, Gather):
+        return left_gram(val, train).t()
+    return train.left.flatten(0, 1) @ val.left.flatten(0, 1).t()
+
+
+def right_gram(train: Outer | Gather, val: Outer | Gather) -> Tensor:
+    """right · right' for every pair of positions, `[n * R, m * R']`."""
+    right = [f.g if isinstance(f, Gather) else f.right for f in (train, val)]
+    return right[0].flatten(0, 1) @ right[1].flatten(0, 1).t()
+
+
+def total(factor: Factor, shape: torch.Size) -> Tensor:
+    """The sum of the samples' gradients, `[*shape]`."""
+    if isinstance(factor, Outer):
+        return (factor.left.flatten(0, 1).t() @ factor.right.flatten(0, 1)).view(shape)
+    if isinstance(factor, Gather):
+        return factor.g.new_zeros(shape).index_add_(0, factor.ids.flatten(), factor.g.flatten(0, 1))
+    if isinstance(factor, Dense):
+        return factor.grad.sum(0).view(shape)
+    whole = factor.grad.new_zeros(shape)
+    factor.axis.split(whole)[factor.start : factor.start + len(factor.grad)] = factor.grad
+    return whole

@@ -1,0 +1,121 @@
+"""Factors: what one use of a parameter contributes to each sample's gradient, kept as small as the operation allows.
+
+The gradient of sample b is the sum over uses of
+
+    Outer     G_b = sum_r outer(g[b, r], a[b, r])                   a linear map at R positions
+    Gather    G_b = sum_r onehot(ids[b, r]) outer g[b, r]            an embedding; a one-hot activation kept as its index
+    Dense     G_b = grad[b]                                          scales, biases, anything else
+    Own       G_b = grad[b] in the part that only sample b uses      a tensor that has a part for each sample
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ghostfunc._sample_axis import SampleAxis
+
+
+@dataclass(frozen=True, eq=False)
+class Outer:
+    """Per-sample gradient of a weight `[d_out, d_in]` that is used at R positions: G_b = g_b^T a_b.
+
+    Attributes:
+        a: activations `[B, R, d_in]`.
+        g: grad-outputs (cotangents) `[B, R, d_out]`.
+        transposed: whether the weight is stored `[d_in, d_out]`, as by `Conv1D` and `x @ w`.
+    """
+
+    a: Tensor
+    g: Tensor
+    transposed: bool = False
+
+    @property
+    def left(self) -> Tensor:
+        """`[B, R, p]` of a weight stored `[p, q]`: G_b = left_b^T right_b."""
+        return self.a if self.transposed else self.g
+
+    @property
+    def right(self) -> Tensor:
+        """`[B, R, q]` of a weight stored `[p, q]`."""
+        return self.g if self.transposed else self.a
+
+    def dense(self, shape: torch.Size) -> Tensor:
+        """The per-sample gradients `[B, *shape]`."""
+        return torch.bmm(self.left.transpose(1, 2), self.right).view(-1, *shape)
+
+    def part(self, start: int, stop: int) -> Outer:
+        """The factor of samples start to stop."""
+        return replace(self, a=self.a[start:stop], g=self.g[start:stop])
+
+
+@dataclass(frozen=True, eq=False)
+class Gather:
+    """Per-sample gradient of a table `[V, d]` whose rows are looked up: G_b[v] = sum_r [ids[b, r] = v] g[b, r].
+
+    Attributes:
+        ids: `[B, R]`.
+        g: grad-outputs `[B, R, d]`, zero where the id is the table's padding.
+    """
+
+    ids: Tensor
+    g: Tensor
+
+    def dense(self, shape: torch.Size) -> Tensor:
+        """The per-sample gradients `[B, *shape]`."""
+        grads = self.g.new_zeros(len(self.g), *shape)
+        return grads.scatter_add_(1, self.ids.unsqueeze(-1).expand_as(self.g), self.g)
+
+    def part(self, start: int, stop: int) -> Gather:
+        """The factor of samples start to stop."""
+        return Gather(self.ids[start:stop], self.g[start:stop])
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """Per-sample gradients as they are.
+
+    Attributes:
+        grad: `[B, *shape]`.
+    """
+
+    grad: Tensor
+
+    def dense(self, shape: torch.Size) -> Tensor:
+        """The per-sample gradients `[B, *shape]`."""
+        return self.grad.view(-1, *shape)
+
+    def part(self, start: int, stop: int) -> Dense:
+        """The factor of samples start to stop."""
+        return Dense(self.grad[start:stop])
+
+
+@dataclass(frozen=True, eq=False)
+class Own:
+    """Per-sample gradients of a tensor of which each sample uses a part of its own, and no other.
+
+    Attributes:
+        grad: `[B, *part]`.
+        axis: where the parts are in the tensor.
+        start: the sample that the first row belongs to.
+    """
+
+    grad: Tensor
+    axis: SampleAxis
+    start: int = 0
+
+    def dense(self, shape: torch.Size) -> Tensor:
+        """The per-sample gradients `[B, *shape]`."""
+        grads = self.grad.new_zeros(len(self.grad), *shape)
+        for row, grad in enumerate(self.grad):
+            self.axis.split(grads[row])[self.start + row] = grad
+        return grads
+
+    def part(self, start: int, stop: int) -> Own:
+        """The factor of samples start to stop."""
+        return Own(self.grad[start:stop], self.axis, self.start + start)
+
+
+Factor = Outer | Gather | Dense | Own

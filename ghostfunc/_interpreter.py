@@ -1,0 +1,397 @@
+"""Interpret: a mode that sees every torch operation while `model_fn` runs, and puts a rule where a parameter is used.
+
+`model_fn` receives *sentinels*: copies of the parameters that share their memory. Where an operation consumes one,
+
+- with data of the batch, its rule runs it on the real leaf and records a `Site` (its factor comes out of the backward);
+- without, the result is a tensor *derived* from parameters, which is tracked like a parameter, and whose factors are
+  pulled back through the derivation.
+
+No rule consumes a sentinel itself. A sentinel that has a gradient after the backward was used by something that the
+mode did not see, and the call raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from ghostfunc._errors import UnsupportedUse
+from ghostfunc._contract import total
+from ghostfunc._factors import Dense, Factor, Outer, Own
+from ghostfunc._sample_axis import (
+    Lost,
+    Partition,
+    SampleAxis,
+    follow,
+    op_name,
+    samples_of,
+    set_samples,
+    tensors_in,
+)
+
+_ISOMETRIES = frozenset(
+    "t transpose swapaxes permute movedim view reshape flatten unflatten squeeze unsqueeze contiguous clone alias get_T "
+    "get_mT view_as reshape_as".split()
+)
+_DROPOUTS = frozenset("dropout alpha_dropout feature_alpha_dropout dropout1d dropout2d dropout3d".split())
+_RANDOM = frozenset(
+    "bernoulli multinomial normal rand randn randint randperm rand_like randn_like randint_like uniform rrelu "
+    "gumbel_softmax poisson exponential".split()
+)
+
+
+MakeFactor = Callable[[Tensor, Partition], Factor]
+
+
+@dataclass(eq=False)
+class Derivation:
+    """How a tensor came from tracked ones: result `index` of `func(*args, **kwargs)`, with `Tracked` in the arguments."""
+
+    func: Callable
+    args: Any
+    kwargs: Any
+    index: int
+    out_of: int
+
+
+@dataclass(eq=False)
+class Tracked:
+    """A parameter, or a tensor derived from parameters without the data.
+
+    Attributes:
+        names: the parameters that it comes from.
+        sentinel: what `model_fn` sees.
+        real: what rules use: the leaf, or the derived tensor with its graph.
+        derivation: None for a parameter.
+        isometric: whether it is a parameter with its entries in another order.
+        sites: the uses with data.
+    """
+
+    names: tuple[str, ...]
+    sentinel: Tensor
+    real: Tensor
+    derivation: Derivation | None = None
+    isometric: bool = True
+    sites: list[Site] = field(default_factory=list)
+
+    def replay(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The tensor again, from other values of the parameters."""
+        if self.derivation is None:
+            return values[self.names[0]]
+        how = self.derivation
+        args, kwargs = pytree.tree_map(
+            lambda leaf: leaf.replay(values) if isinstance(leaf, Tracked) else leaf, (how.args, how.kwargs)
+        )
+        out = how.func(*args, **kwargs)
+        return out if how.out_of == 0 else tensors_in([out])[how.index]
+
+    def transposed_base(self) -> Tracked | None:
+        """The tracked matrix that this one is the transpose of."""
+        how = self.derivation
+        if how is None or self.real.dim() != 2 or not how.args or not isinstance(how.args[0], Tracked):
+            return None
+        name = op_name(how.func)
+        swaps = name in ("t", "get_T", "get_mT") or (
+            name in ("transpose", "swapaxes", "permute") and self.real.shape == how.args[0].real.shape[::-1]
+            and self.real.stride() == how.args[0].real.stride()[::-1]
+            and sorted(d % 2 for d in how.args[1:] if isinstance(d, int)) == [0, 1]
+            and (name != "permute" or how.args[1:] == (1, 0))
+        )
+        return how.args[0] if swaps and how.args[0].real.dim() == 2 else None
+
+
+@dataclass(eq=False)
+class Site:
+    """One use of a tracked tensor together with data: where its factor comes out of the backward.
+
+    Attributes:
+        tracked: the tensor.
+        op: the operation's name.
+        kind: "outer", "gather" or "dense".
+        axis: where the samples are in the operation's result, known once it has run.
+        taps: zero inputs of the operation; what the backward returns as their cotangents are the results.
+        treatment: "factor": the factor comes out; "fused": its contraction does; "raw": the grad-output does, for a
+            probe; "grad": only the parameter's gradient is wanted; "off": nothing is.
+        wants_grad: whether the gradient of the parameter is computed.
+        contract: for "fused": `factor -> (gradient or None, {tap: cotangent})`.
+        make: `(grad-output, samples) -> factor`, kept by the backward where the factor is made later.
+        train: how many samples, the first ones, enter the gradient.
+        dtype: the dtype of the factor and of its contractions.
+        positions: positions of a sample, R.
+        width: the last dimension of the result.
+        own_axis: where each sample's own part of the tensor is, for an `Own` factor.
+        ids: for "gather": the ids as they were given.
+        fused_right: for "fused": activations of all samples, where cross terms with other uses need them.
+    """
+
+    tracked: Tracked
+    op: str
+    kind: str
+    train: int = 0
+    axis: SampleAxis | Lost | None = None
+    taps: dict[str, Tensor] = field(default_factory=dict)
+    treatment: str = "factor"
+    wants_grad: bool = True
+    contract: Callable[[Factor], tuple[Tensor | None, dict[str, Tensor]]] | None = None
+    make: MakeFactor | None = None
+    dtype: torch.dtype = torch.float32
+    positions: int = 1
+    width: int = 1
+    own_axis: SampleAxis | None = None
+    ids: Tensor | None = None
+    fused_right: Outer | None = None
+
+    @property
+    def label(self) -> str:
+        """The parameters' names, for messages."""
+        return ", ".join(self.tracked.names)
+
+    def sample_rows_of_ids(self) -> Tensor:
+        """For "gather": the ids of each sample, `[S, R]`."""
+        assert self.ids is not None and isinstance(self.axis, SampleAxis)
+        return self.axis.rows(self.ids.unsqueeze(-1)).squeeze(-1)
+
+    def resolve(
+        self, grad: Tensor, make: MakeFactor, plain: Callable[[], Tensor] | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """What the operation's backward returns for the parameter and for the taps.
+
+        Args:
+            grad: the cotangent of the operation's result.
+            make: makes the factor of all samples from it.
+            plain: the parameter's gradient over all samples, where there is a shorter way than through the factor.
+
+        Returns:
+            The parameter's cotangent, then one for each tap, in the taps' order.
+        """
+        gradient: Tensor | None = None
+        values: dict[str, Tensor] = {}
+        if self.treatment == "raw":
+            self.make = make
+            values["g"] = grad
+        elif self.treatment == "grad" and plain is not None and isinstance(self.axis, SampleAxis) and self.train == self.axis.samples:
+            gradient = plain()
+        elif self.treatment != "off":
+            if not isinstance(self.axis, SampleAxis):
+                raise UnsupportedUse(
+                    f"{self.label}: the samples of the result of `{self.op}` are not known.", self.tracked.names
+                )
+            factor = make(grad.to(self.dtype), self.axis)
+            if self.treatment == "fused":
+                assert self.contract is not None
+                gradient, values = self.contract(factor)
+            else:
+                if self.wants_grad:
+                    gradient = total(factor.part(0, self.train), self.tracked.real.shape)
+                if self.treatment == "factor":
+                    values = self._cotangents(factor, grad, make)
+        return gradient, *(values.get(name) for name in self.taps)
+
+    def _cotangents(self, factor: Factor, grad: Tensor, make: MakeFactor) -> dict[str, Tensor]:
+        if isinstance(factor, Dense):
+            return {"grad": factor.grad}
+        if isinstance(factor, Own):
+            self.own_axis = factor.axis
+            return {"own": total(factor, self.tracked.real.shape)}
+        self.make = make
+        return {"g": grad}
+
+    def factor(self, cotangents: Mapping[str, Tensor | None], samples: Partition) -> Factor | None:
+        """The factor out of the taps' cotangents; None where the losses do not depend on this use."""
+        if cotangents.get("grad") is not None:
+            return Dense(cotangents["grad"])  # type: ignore[arg-type]
+        if cotangents.get("own") is not None:
+            assert self.own_axis is not None
+            return Own(self.own_axis.split(cotangents["own"]), self.own_axis)  # type: ignore[arg-type]
+        grad = cotangents.get("g")
+        if grad is None or self.make is None:
+            return None
+        return self.make(grad.to(self.dtype), samples)
+
+
+def zero_tap(like: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
+    """A zero that an operation takes as an input and does not use: its cotangent carries a result out of the backward."""
+    return torch.zeros((), dtype=dtype, device=like.device).expand(shape).detach().requires_grad_()
+
+
+class DrewRandomNumbers(Exception):  # noqa: N818 - a signal, not an error
+    """Raised inside a joint forward that draws random numbers, when the caller asked to be told."""
+
+
+class Interpreter(TorchFunctionMode):
+    """The mode: tracks parameters and what derives from them, and follows the samples of everything else."""
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        samples: int,
+        *,
+        dropout: bool = True,
+        refuse_random: bool = False,
+        apply_rule: Callable[..., Any],
+        more_taps: Callable[[Site], dict[str, Tensor]],
+        dtype: torch.dtype,
+        lenient: bool = False,
+    ) -> None:
+        super().__init__()
+        self.samples = samples
+        self.apply_rule = apply_rule
+        self.more_taps = more_taps
+        self.dtype = dtype
+        self.lenient = lenient
+        self.sites: list[Site] = []
+        self.dropout = dropout
+        self.refuse_random = refuse_random
+        self.tracked: list[Tracked] = []
+        self._by_id: dict[int, Tracked] = {}
+        self.random = False
+        for name, param in params.items():
+            self._track(Tracked((name,), _leaf(param), _leaf(param)))
+
+    @property
+    def sentinels(self) -> dict[str, Tensor]:
+        """What `model_fn` gets for its parameters."""
+        return {t.names[0]: t.sentinel for t in self.tracked if t.derivation is None}
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """The real parameters of this call, as leaves of its graph."""
+        return {t.names[0]: t.real for t in self.tracked if t.derivation is None}
+
+    def _track(self, tracked: Tracked) -> Tracked:
+        self.tracked.append(tracked)
+        self._by_id[id(tracked.sentinel)] = tracked
+        return tracked
+
+    def site(self, tracked: Tracked | None, op: str, kind: str, out: Tensor) -> Site | None:
+        """A site for a use of a tracked tensor with taps for its result, of which `out` shows the shape and dtype."""
+        if tracked is None:
+            return None
+        site = Site(tracked, op, kind, dtype=self.dtype)
+        site.width = out.shape[-1] if out.dim() else 1
+        site.positions = out.numel() // max(1, site.width * self.samples)
+        site.taps["g"] = zero_tap(out, out.shape, out.dtype)
+        shape = tracked.real.shape
+        if kind == "dense":
+            site.taps["grad"] = zero_tap(out, (self.samples, *shape), self.dtype)
+            site.taps["own"] = zero_tap(out, shape, self.dtype)
+        site.taps |= self.more_taps(site)
+        tracked.sites.append(site)
+        self.sites.append(site)
+        return site
+
+    def unsupported(self, message: str, names: tuple[str, ...], func: Callable, args: Any, kwargs: Any) -> Any:
+        """A use that cannot be factored: refuse, or let the sentinels through for a backward of each sample."""
+        if not self.lenient:
+            raise UnsupportedUse(message, names)
+        return func(*args, **kwargs)
+
+    def find(self, tensor: Any) -> Tracked | None:
+        """The tracked tensor that a sentinel stands for."""
+        return self._by_id.get(id(tensor)) if isinstance(tensor, Tensor) else None
+
+    def real(self, tensor: Any) -> Any:
+        """The real tensor behind a sentinel; anything else as it is."""
+        tracked = self.find(tensor)
+        return tensor if tracked is None else tracked.real
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.call(func, *args, **(kwargs or {}))
+
+    def call(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Run one operation: through a rule where it uses a tracked tensor."""
+        name = op_name(func)
+        if name in _DROPOUTS or name in _RANDOM or name == "scaled_dot_product_attention":
+            args, kwargs = self._randomness(name, args, kwargs)
+        tensors = tensors_in(args) + tensors_in(kwargs.values())
+        tracked = [t for t in map(self.find, tensors) if t is not None]
+        if not tracked or not torch.is_grad_enabled():
+            out = func(*args, **kwargs)
+            follow(func, args, kwargs, out, self.samples)
+            self._doubt_foreign(tensors, out)
+            return out
+        if all(samples_of(t) is None for t in tensors) and not self._foreign(tensors):
+            return self._derive(func, args, kwargs, tracked)
+        before = len(self.sites)
+        out = self.apply_rule(self, name, func, args, kwargs)
+        follow(func, args, kwargs, out, self.samples)
+        self._doubt_foreign(tensors, out)
+        for site in self.sites[before:]:
+            if site.axis is None:
+                site.axis = samples_of(next(iter(tensors_in([out]))))
+        return out
+
+    # -- parameters without data
+
+    def _derive(self, func: Callable, args: Any, kwargs: Any, tracked: list[Tracked]) -> Any:
+        real_args, real_kwargs = pytree.tree_map(self.real, (args, kwargs))
+        out = func(*real_args, **real_kwargs)
+        results = tensors_in([out])
+        if not any(r.requires_grad for r in results):
+            return out
+        recipe_args, recipe_kwargs = pytree.tree_map(
+            lambda leaf: self.find(leaf) or (leaf.detach() if isinstance(leaf, Tensor) else leaf), (args, kwargs)
+        )
+        names = tuple(dict.fromkeys(name for t in tracked for name in t.names))
+        single = isinstance(out, Tensor)
+        replacements: dict[int, Tensor] = {}
+        for index, result in enumerate(results):
+            same = next((t for t in tracked if t.real is result), None)
+            if same is not None:
+                replacements[id(result)] = same.sentinel
+            elif result.requires_grad:
+                isometric = (
+                    len(tracked) == 1
+                    and tracked[0].isometric
+                    and op_name(func) in _ISOMETRIES
+                    and result.numel() == tracked[0].real.numel()
+                )
+                how = Derivation(func, recipe_args, recipe_kwargs, index, 0 if single else len(results))
+                replacements[id(result)] = self._track(Tracked(names, _leaf(result), result, how, isometric)).sentinel
+        return pytree.tree_map(lambda leaf: replacements.get(id(leaf), leaf), out)
+
+    # -- tensors of unknown origin
+
+    def _foreign(self, tensors: list[Tensor]) -> bool:
+        """Whether a tensor has a graph that the interpreter did not see grow (a user's own autograd.Function)."""
+        return any(t.requires_grad and samples_of(t) is None and self.find(t) is None for t in tensors)
+
+    def _doubt_foreign(self, tensors: list[Tensor], out: Any) -> None:
+        if self.samples > 1 and self._foreign(tensors):
+            for result in tensors_in([out]):
+                if not isinstance(samples_of(result), Lost):
+                    set_samples(result, Lost("a tensor that came from outside of torch's own functions", mixed=False))
+
+    # -- randomness
+
+    def _randomness(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if name in _RANDOM:
+            draws = name not in ("rrelu",) or _training(args, kwargs, 3)
+        elif name == "scaled_dot_product_attention":
+            p = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
+            draws = p > 0.0
+            if draws and not self.dropout:
+                return args[:4] + (0.0,) * (len(args) > 4) + args[5:], {**kwargs, **({} if len(args) > 4 else {"dropout_p": 0.0})}
+        else:
+            draws = _training(args, kwargs, 2) and kwargs.get("p", args[1] if len(args) > 1 else 0.5) > 0
+            if draws and not self.dropout:
+                return args[:2] + (False,) * (len(args) > 2) + args[3:], {**kwargs, **({} if len(args) > 2 else {"training": False})}
+        if draws and not (name in _RANDOM and not self.dropout):
+            self.random = True
+            if self.refuse_random:
+                raise DrewRandomNumbers
+        return args, kwargs
+
+
+def _training(args: Any, kwargs: Any, position: int) -> bool:
+    return bool(kwargs.get("training", args[position] if len(args) > position else True))
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()

@@ -1,0 +1,296 @@
+"""Dot products of per-sample gradients with a validation direction or with validation samples, one parameter at a time.
+
+    dots[i, k] = sum over uses s of <G_i^s, V_k>,    V_k = sum over uses t of val factors
+
+The gradient of a parameter with several uses is the sum of their factors, so the cross terms between uses belong to
+every dot product. A weight with one use is contracted inside its backward (`fuse`); a tied head and embedding exchange
+gathered columns instead of the head's grad-output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ghostfunc._contract import FromRows, Given, along, contract_outer, pair, pair_sum, total
+from ghostfunc._factors import Factor, Gather, Outer, Own
+from ghostfunc._interpreter import Site, zero_tap
+from ghostfunc._run import Run
+
+
+@dataclass(frozen=True, eq=False)
+class Joint:
+    """The validation rows are samples `train` and later of the same run.
+
+    Attributes:
+        names: parameters whose dot products are wanted.
+        train: the number of train samples, n.
+        val: the number of validation samples, m.
+        each: one direction for each validation sample, rather than their sum.
+    """
+
+    names: frozenset[str]
+    train: int
+    val: int
+    each: bool
+
+    @property
+    def count(self) -> int:
+        """The number of columns, k."""
+        return self.val if self.each else 1
+
+    def more_taps(self, site: Site) -> dict[str, Tensor]:
+        """Taps for the fused contraction of a linear map, and for its cross terms with earlier look-ups of the weight."""
+        if site.kind != "outer" or not self.names.intersection(site.tracked.names):
+            return {}
+        like = site.tracked.real
+        taps = {"dots": zero_tap(like, (self.train, self.count), site.dtype)}
+        for index, look_up in enumerate(_look_ups(site)):
+            rows, ids = site.positions, look_up.positions
+            taps[f"train columns {index}"] = zero_tap(like, (self.train * rows, self.val * ids), site.dtype)
+            taps[f"val columns {index}"] = zero_tap(like, (self.val * rows, self.train * ids), site.dtype)
+        return taps
+
+    def plan(self, sites: list[Site]) -> None:
+        """Fuse every linear map whose weight has no other use, or only look-ups before it."""
+        for site in sites:
+            if site.kind != "outer" or "dots" not in site.taps or not site.tracked.isometric:
+                continue
+            others = [s for s in sites if s is not site and set(s.tracked.names) & set(site.tracked.names)]
+            look_ups = _look_ups(site)
+            if others and (site.tracked.derivation is not None or any(s not in look_ups for s in others)):
+                continue
+            site.treatment = "fused"
+            site.contract = self._contract(site, look_ups)
+
+    def _contract(self, site: Site, look_ups: list[Site]) -> Callable[[Factor], tuple[Tensor | None, dict[str, Tensor]]]:
+        n = self.train
+
+        def contract(factor: Factor) -> tuple[Tensor | None, dict[str, Tensor]]:
+            assert isinstance(factor, Outer)
+            train, val = factor.part(0, n), factor.part(n, n + self.val)
+            dots, grad = contract_outer(train, FromRows(val.left, val.right, self.each), want_grad=site.wants_grad)
+            values = {"dots": dots}
+            for index, look_up in enumerate(look_ups):
+                ids = look_up.sample_rows_of_ids()  # [S, R']
+                values[f"train columns {index}"] = train.left.flatten(0, 1)[:, ids[n:].flatten()]
+                values[f"val columns {index}"] = val.left.flatten(0, 1)[:, ids[:n].flatten()]
+            if look_ups:
+                site.fused_right = factor.right
+            return None if grad is None else grad.view(site.tracked.real.shape), values
+
+        return contract
+
+    def products(self, result: Run, name: str) -> Tensor:
+        """Dot products of a parameter, `[n, k]`, on the scale of the run's weights."""
+        n, stop = self.train, self.train + self.val
+        sites = result.sites(name)
+        dots = _zeros(result, name, n, self.count)
+        for site in sites:
+            if site in result.fused:
+                dots = dots + result.fused[site]["dots"]
+        factors = {s: result.factors[s] for s in sites if s in result.factors}
+        direct = all(s.tracked.derivation is None and not isinstance(f, Own) for s, f in factors.items())
+        if not direct:
+            return dots + self._through_directions(result, name, factors)
+        for site, factor in factors.items():
+            for other in factors.values():
+                dots = dots + self._pair(factor.part(0, n), other.part(n, stop))
+            for head, values in result.fused.items():
+                if name in head.tracked.names:
+                    dots = dots + self._cross(head, values, _look_ups(head).index(site), factor)
+        return dots
+
+    def _pair(self, train: Factor, val: Factor) -> Tensor:
+        return pair(train, val) if self.each else pair_sum(train, val)
+
+    def _cross(self, head: Site, values: Mapping[str, Tensor], index: int, look_up: Factor) -> Tensor:
+        """Cross terms of a fused linear map with a look-up of the same weight, out of the gathered columns.
+
+        <H_i, E_j> = sum_rs g_i[r, ids_j[s]] (a_i[r] · ge_j[s]) and <E_i, H_j> likewise.
+        """
+        assert isinstance(look_up, Gather) and head.fused_right is not None
+        n, m = self.train, self.val
+        right = head.fused_right  # [n + m, R, d]
+        g = look_up.g  # [n + m, R', d]
+        by_head = values[f"train columns {index}"] * (right[:n].flatten(0, 1) @ g[n:].flatten(0, 1).t())  # [n R, m R']
+        by_table = values[f"val columns {index}"] * (right[n:].flatten(0, 1) @ g[:n].flatten(0, 1).t())  # [m R, n R']
+        rows, ids = right.shape[1], g.shape[1]
+        cross = by_head.view(n, rows, m, ids).sum((1, 3)) + by_table.view(m, rows, n, ids).sum((1, 3)).t()
+        return cross if self.each else cross.sum(1, keepdim=True)
+
+    def _through_directions(self, result: Run, name: str, factors: Mapping[Site, Factor]) -> Tensor:
+        n, stop = self.train, self.train + self.val
+        directions = sum_directions(result, name, {s: f.part(n, stop) for s, f in factors.items()}, self.each)
+        return along_sites(result, name, {s: f.part(0, n) for s, f in factors.items()}, directions)
+
+
+def sum_directions(result: Run, name: str, factors: Mapping[Site, Factor], each: bool) -> Tensor:
+    """The directions `[k, *shape]` that validation factors make: one for each sample, or their sum."""
+    directions: Tensor | None = None
+    for site, factor in factors.items():
+        shape = site.tracked.real.shape
+        dense = factor.dense(shape) if each else total(factor, shape).unsqueeze(0)
+        pulled = result.pull(site.tracked, name, dense)
+        directions = pulled if directions is None else directions + pulled
+    assert directions is not None
+    return directions
+
+
+def along_sites(result: Run, name: str, factors: Mapping[Site, Factor], directions: Tensor) -> Tensor:
+    """Dot products `[n, k]` of the samples' gradients, summed over sites, with directions `[k, *shape]` of a parameter."""
+    dots: Tensor | None = None
+    for site, factor in factors.items():
+        pushed = torch.stack([result.push(site.tracked, name, d) for d in directions])
+        here = along(factor, pushed.to(site.dtype))
+        dots = here if dots is None else dots + here
+    assert dots is not None
+    return dots
+
+
+@dataclass(frozen=True, eq=False)
+class Along:
+    """The directions are given: k tensors for each parameter.
+
+    Attributes:
+        names: parameters whose dot products are wanted.
+        train: the number of samples.
+        directions: `{name: [k, *shape]}`.
+        count: k.
+    """
+
+    names: frozenset[str]
+    train: int
+    directions: Mapping[str, Tensor]
+    count: int
+
+    def more_taps(self, site: Site) -> dict[str, Tensor]:
+        """A tap for the fused contraction of a linear map."""
+        if site.kind != "outer" or not self.names.intersection(site.tracked.names) or not site.tracked.isometric:
+            return {}
+        return {"dots": zero_tap(site.tracked.real, (self.train, self.count), site.dtype)}
+
+    def plan(self, sites: list[Site]) -> None:
+        """Fuse every linear map whose weight is a parameter: with given directions uses do not meet."""
+        for site in sites:
+            if "dots" in site.taps:
+                site.treatment = "fused"
+                site.contract = self._contract(site)
+
+    def _contract(self, site: Site) -> Callable[[Factor], tuple[Tensor | None, dict[str, Tensor]]]:
+        def contract(factor: Factor) -> tuple[Tensor | None, dict[str, Tensor]]:
+            assert isinstance(factor, Outer)
+            (name,) = site.tracked.names
+            given = self.directions[name]
+            if site.tracked.derivation is not None:
+                with torch.no_grad():
+                    given = torch.stack([site.tracked.replay({name: d}) for d in given])
+            dots, grad = contract_outer(factor, Given(given.to(site.dtype)), want_grad=site.wants_grad)
+            return None if grad is None else grad.view(site.tracked.real.shape), {"dots": dots}
+
+        return contract
+
+    def products(self, result: Run, name: str) -> Tensor:
+        """Dot products of a parameter, `[n, k]`, on the scale of the run's weights."""
+        dots = _zeros(result, name, self.train, self.count)
+        factors: dict[Site, Factor] = {}
+        for site in result.sites(name):
+            if site in result.fused:
+                dots = dots + result.fused[site]["dots"]
+            else:
+                factors[site] = result.factors[site]
+        return dots + along_sites(result, name, factors, self.directions[name]) if factors else dots
+
+
+@dataclass(frozen=True, eq=False)
+class WithSamples:
+    """The directions are the samples of another run, kept as factors: one column for each.
+
+    Attributes:
+        names: parameters whose dot products are wanted.
+        train: the number of samples, n.
+        val: the other run.
+        count: the number of its samples, m.
+    """
+
+    names: frozenset[str]
+    train: int
+    val: Run
+    count: int
+
+    def more_taps(self, site: Site) -> dict[str, Tensor]:
+        """A tap for the fused contraction of a linear map."""
+        if self._rows(site) is None:
+            return {}
+        return {"dots": zero_tap(site.tracked.real, (self.train, self.count), site.dtype)}
+
+    def _rows(self, site: Site) -> FromRows | None:
+        """The validation rows of a weight that is used once, by a linear map."""
+        if site.kind != "outer" or site.tracked.derivation is not None or site.tracked.names[0] not in self.names:
+            return None
+        (name,) = site.tracked.names
+        sites = self.val.sites(name)
+        factor = self.val.factors.get(sites[0]) if len(sites) == 1 else None
+        if not isinstance(factor, Outer) or sites[0].tracked.derivation is not None:
+            return None
+        return FromRows(factor.left, factor.right, each=True)
+
+    def plan(self, sites: list[Site]) -> None:
+        """Fuse every linear map whose weight is used once, in both runs."""
+        for site in sites:
+            rows = self._rows(site)
+            if "dots" in site.taps and rows is not None:
+                site.treatment = "fused"
+                site.contract = self._contract(site, rows)
+
+    def _contract(self, site: Site, rows: FromRows) -> Callable[[Factor], tuple[Tensor | None, dict[str, Tensor]]]:
+        def contract(factor: Factor) -> tuple[Tensor | None, dict[str, Tensor]]:
+            assert isinstance(factor, Outer)
+            dots, grad = contract_outer(factor, rows, want_grad=site.wants_grad)
+            return grad, {"dots": dots}
+
+        return contract
+
+    def products(self, result: Run, name: str) -> Tensor:
+        """Dot products of a parameter, `[n, m]`, on the scale of the runs' weights."""
+        dots = _zeros(result, name, self.train, self.count)
+        val = {s: self.val.factors[s] for s in self.val.sites(name)}
+        train: dict[Site, Factor] = {}
+        for site in result.sites(name):
+            if site in result.fused:
+                dots = dots + result.fused[site]["dots"]
+            else:
+                train[site] = result.factors[site]
+        if not train or not val:
+            return dots
+        if any(s.tracked.derivation is not None or isinstance(f, Own) for s, f in (*train.items(), *val.items())):
+            directions = sum_directions(self.val, name, val, each=True)
+            return dots + along_sites(result, name, train, directions)
+        return dots + torch.stack([pair(f, h) for f in train.values() for h in val.values()]).sum(0)
+
+
+Products = Joint | Along | WithSamples
+
+
+def _look_ups(site: Site) -> list[Site]:
+    """Look-ups of a linear map's weight that ran before it."""
+    if site.tracked.derivation is not None:
+        return []
+    before: list[Site] = []
+    for other in site.tracked.sites:
+        if other is site:
+            break
+        if other.kind == "gather":
+            before.append(other)
+    return before
+
+
+def _zeros(result: Run, name: str, n: int, count: int) -> Tensor:
+    leaf = result.leaves[name]
+    sites = result.sites(name)
+    dtype = sites[0].dtype if sites else torch.promote_types(leaf.dtype, torch.float32)
+    return torch.zeros(n, count, dtype=dtype, device=leaf.device)
+

@@ -1,0 +1,372 @@
+"""One forward and one backward of `model_fn` under the interpreter: losses, gradient, factors and fused contractions.
+
+    losses = model_fn(sentinels, batch)                       the interpreter puts rules around parameter uses
+    backward of sum_i w_i losses_i                             every tap's cotangent is a factor or its contraction
+
+The plan (which sites are fused) is made between the two, when every use of every parameter is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ghostfunc._contract import total
+from ghostfunc._errors import InteractingSamples, UnsupportedUse
+from ghostfunc._factors import Dense, Factor, Own
+from ghostfunc._functionalize import ModelFn
+from ghostfunc._interpreter import Interpreter, Site, Tracked
+from ghostfunc._rules import apply_rule
+from ghostfunc._sample_axis import Lost, Partition, RowMap, SampleAxis, samples_of, set_samples
+
+_PROBE_TOLERANCE = {torch.float64: 1e-8}
+
+
+@dataclass(frozen=True)
+class Want:
+    """What a run is asked for.
+
+    Attributes:
+        grads: whether the sum of the gradients of the first `train` samples is wanted.
+        train: how many samples, the first ones, enter the gradient.
+        weights: the cotangent of the losses: the weight of each sample, `[S]`; None for ones.
+        factors: names of the parameters whose factors are wanted.
+        dropout: whether dropout draws; otherwise it is the identity.
+        refuse_random: raise `DrewRandomNumbers` where the forward draws random numbers.
+        has_aux: whether `model_fn` returns `(losses, aux)`.
+        lenient: whether a use without a rule is paid for with a backward pass for each sample.
+        more_taps: taps for fused contractions of a site.
+        plan: gives each site its treatment, once all are known.
+    """
+
+    train: int
+    dtype: torch.dtype
+    grads: bool = False
+    weights: Tensor | None = None
+    factors: frozenset[str] = frozenset()
+    dropout: bool = True
+    refuse_random: bool = False
+    has_aux: bool = False
+    lenient: bool = False
+    more_taps: Callable[[Site], dict[str, Tensor]] = lambda site: {}
+    plan: Callable[[list[Site]], None] = lambda sites: None
+
+
+@dataclass(eq=False)
+class Run:
+    """What a run gave.
+
+    Attributes:
+        losses: `[S]`, detached.
+        aux: the auxiliary output of `model_fn`, detached.
+        grads: the weighted sum of the first `train` samples' gradients, by name; empty unless wanted.
+        tracked: every tracked tensor.
+        factors: the factor of each site that has one, all samples.
+        fused: the fused contractions of each site that has them.
+        leaves: the parameters.
+        unused: names that the losses do not depend on.
+    """
+
+    losses: Tensor
+    aux: Any
+    grads: dict[str, Tensor]
+    tracked: list[Tracked]
+    factors: dict[Site, Factor]
+    fused: dict[Site, dict[str, Tensor]]
+    leaves: dict[str, Tensor]
+    unused: list[str] = field(default_factory=list)
+
+    def sites(self, name: str) -> list[Site]:
+        """The sites that contribute to the gradient of a parameter."""
+        return [site for site in (*self.factors, *self.fused) if name in site.tracked.names]
+
+    def push(self, tracked: Tracked, name: str, direction: Tensor) -> Tensor:
+        """A change of a parameter as a change of a tensor derived from it: the derivation's Jacobian times it."""
+        if tracked.derivation is None:
+            return direction
+        if tracked.isometric:
+            with torch.no_grad():
+                return tracked.replay({name: direction})
+        with torch.enable_grad():
+            leaf, derived = self._derived(tracked, name)
+            cotangent = torch.zeros_like(derived, requires_grad=True)
+            (pulled,) = torch.autograd.grad(derived, [leaf], cotangent, create_graph=True)
+            if not pulled.requires_grad:
+                return torch.zeros_like(derived)
+            (pushed,) = torch.autograd.grad(pulled, [cotangent], direction.to(pulled.dtype))
+        return pushed
+
+    def pull(self, tracked: Tracked, name: str, gradients: Tensor) -> Tensor:
+        """Gradients `[k, *derived]` with respect to a derived tensor as gradients `[k, *parameter]`."""
+        if tracked.derivation is None:
+            return gradients
+        with torch.enable_grad():
+            leaf, derived = self._derived(tracked, name)
+            pulled = [
+                torch.autograd.grad(derived, [leaf], g.to(derived.dtype), retain_graph=True)[0] for g in gradients
+            ]
+        return torch.stack(pulled)
+
+    def _derived(self, tracked: Tracked, name: str) -> tuple[Tensor, Tensor]:
+        values = {key: leaf.detach() for key, leaf in self.leaves.items()}
+        leaf = values[name].requires_grad_()
+        return leaf, tracked.replay(values)
+
+
+def run(model_fn: ModelFn, params: Mapping[str, Tensor], batch: Any, samples: int, want: Want) -> Run:
+    """Run `model_fn` forward and backward once.
+
+    Args:
+        model_fn: `model_fn(params, batch) -> losses[S]`.
+        params: parameters by name.
+        batch: a pytree of tensors `[S, ...]`.
+        samples: S.
+        want: what is wanted.
+
+    Returns:
+        The losses and what was wanted.
+
+    Raises:
+        UnsupportedUse: if a parameter's use is not accounted for.
+        InteractingSamples: if a sample's loss depends on another sample.
+    """
+    mode = Interpreter(
+        params,
+        samples,
+        dropout=want.dropout,
+        refuse_random=want.refuse_random,
+        apply_rule=apply_rule,
+        more_taps=want.more_taps,
+        dtype=want.dtype,
+        lenient=want.lenient,
+    )
+    with torch.enable_grad():
+        with mode:
+            out = model_fn(mode.sentinels, pytree.tree_map_only(Tensor, lambda t: _carrying(t, samples), batch))
+        losses, aux = out if want.has_aux else (out, None)
+    check_losses(losses, samples)
+    losses = mode.real(losses)
+    doubt = _doubt(losses, mode.sites, samples)
+    aux = pytree.tree_map_only(Tensor, lambda t: mode.real(t).detach(), aux)
+    for site in mode.sites:
+        site.train = want.train
+        site.wants_grad = want.grads
+        wanted = any(name in want.factors for name in site.tracked.names)
+        site.treatment = "factor" if wanted else "grad" if want.grads else "off"
+        if doubt:
+            site.treatment = "raw"
+    if not doubt:
+        want.plan([site for site in mode.sites if site.treatment == "factor"])
+    with torch.autocast(losses.device.type, enabled=False):
+        result = _backward(mode, losses, want, doubt)
+    result.aux = aux
+    return result
+
+
+def _carrying(tensor: Tensor, samples: int) -> Tensor:
+    alias = tensor.view_as(tensor)
+    set_samples(alias, SampleAxis(0, samples))
+    return alias
+
+
+def check_losses(losses: Any, samples: int) -> None:
+    """Raise unless the losses are one finite number for each sample."""
+    if not isinstance(losses, Tensor):
+        hint = " Pass has_aux=True if model_fn returns (losses, aux)." if isinstance(losses, tuple) else ""
+        raise TypeError(f"model_fn must return losses[B], a tensor; it returned {type(losses).__name__}.{hint}")
+    if losses.dim() == 0:
+        raise ValueError(
+            "model_fn returned a scalar loss. Per-sample gradients need one loss for each sample: return losses of shape "
+            f"[{samples}] (reduction='none', then a mean over all dimensions but the first)."
+        )
+    if losses.shape != (samples,):
+        raise ValueError(
+            f"model_fn returned losses of shape {tuple(losses.shape)} for a batch of {samples} samples; expected [{samples}]."
+        )
+    if not losses.is_floating_point():
+        raise TypeError(f"model_fn returned losses of dtype {losses.dtype}; expected a floating-point dtype.")
+    if not bool(torch.isfinite(losses).all()):
+        bad = (~torch.isfinite(losses.detach())).nonzero().flatten().tolist()
+        raise ValueError(
+            f"the losses of samples {bad} are not finite: {losses.detach()[bad].tolist()}. Look at these samples and at the "
+            "learning rate; their gradients would spoil the sum."
+        )
+
+
+def _doubt(losses: Tensor, sites: list[Site], samples: int) -> str:
+    """Why a probe is needed to tell samples apart; empty where they were followed all the way."""
+    if samples == 1:
+        for site in sites:
+            site.axis = SampleAxis(0, 1)
+        carried = samples_of(losses)
+        if isinstance(carried, Lost) and carried.mixed:
+            raise InteractingSamples(_interaction(carried.reason))
+        return ""
+    carried = samples_of(losses)
+    if isinstance(carried, Lost) and carried.mixed:
+        raise InteractingSamples(_interaction(carried.reason))
+    if not isinstance(carried, SampleAxis):
+        return carried.reason if carried is not None else "the losses do not come from the batch by torch operations"
+    if (carried.dim, carried.outer, carried.inner) != (0, 1, 1):
+        raise InteractingSamples(f"the losses are not in the samples' order: {carried}.")
+    return next((s.axis.reason for s in sites if isinstance(s.axis, Lost) and not s.axis.mixed), "")
+
+
+def _interaction(reason: str) -> str:
+    return (
+        f"{reason}, so that the loss of a sample depends on the others of its batch and has no gradient of its own. Put "
+        "BatchNorm in eval mode, use a loss without in-batch terms (reduction='none'), or compute such terms outside."
+    )
+
+
+def _backward(mode: Interpreter, losses: Tensor, want: Want, doubt: str) -> Run:
+    sites = [site for site in mode.sites if site.treatment != "off"]
+    taps = [(site, name) for site in sites if site.treatment != "grad" for name in site.taps]
+    leaves = mode.leaves
+    inputs = [site.taps[name] for site, name in taps]
+    inputs += list(leaves.values()) if want.grads and not doubt else []
+    watched = mode.tracked
+    inputs += [t.sentinel for t in watched]
+    weights = torch.ones_like(losses) if want.weights is None else want.weights.to(losses)
+    keep = bool(doubt) or want.lenient
+    values: list[Tensor | None] = [None] * len(inputs)
+    if losses.requires_grad:
+        values = list(torch.autograd.grad(losses, inputs, weights, allow_unused=True, retain_graph=keep))
+
+    cotangents: dict[Site, dict[str, Tensor | None]] = {site: {} for site in sites}
+    for (site, name), value in zip(taps, values, strict=False):
+        cotangents[site][name] = value
+    uncounted = [t for t, value in zip(watched, values[len(values) - len(watched) :], strict=True) if value is not None]
+    if uncounted and not want.lenient:
+        _refuse(uncounted)
+
+    result = Run(losses.detach(), None, {}, mode.tracked, {}, {}, leaves)
+    partitions: dict[Site, Partition] = {}
+    if doubt:
+        partitions = _probe(mode, losses, weights, sites, cotangents, doubt)
+    for site in sites:
+        of_site = cotangents[site]
+        if site.treatment == "fused":
+            fused = {name: value for name, value in of_site.items() if value is not None}
+            if fused:
+                result.fused[site] = fused
+        elif site.treatment in ("factor", "raw"):
+            samples = partitions.get(site, site.axis)
+            factor = None if not isinstance(samples, Partition) else site.factor(of_site, samples)
+            if factor is not None:
+                result.factors[site] = factor
+
+    if want.grads:
+        count = len(leaves)
+        found = values[len(taps) : len(taps) + count] if not doubt else [None] * count
+        result.grads = {
+            name: torch.zeros_like(leaf) if grad is None else grad
+            for (name, leaf), grad in zip(leaves.items(), found, strict=True)
+        }
+        if doubt:
+            for site, factor in result.factors.items():
+                _add_gradient(result, site.tracked, total(factor.part(0, want.train), site.tracked.real.shape))
+    if uncounted:
+        _dense_by_backwards(mode, losses, weights, uncounted, want, result)
+    if doubt:  # factors of parameters that only the gradient needed
+        result.factors = {s: f for s, f in result.factors.items() if any(n in want.factors for n in s.tracked.names)}
+    used = {name for site in (*sites, *result.factors) for name in site.tracked.names}
+    used |= {name for t in uncounted for name in t.names}
+    result.unused = [name for name in leaves if name not in used]
+    return result
+
+
+def _refuse(uncounted: list[Tracked]) -> None:
+    names = tuple(dict.fromkeys(name for t in uncounted for name in t.names))
+    shapes = ", ".join(f"{name} {tuple(t.sentinel.shape)}" for t in uncounted for name in t.names)
+    raise UnsupportedUse(
+        f"{shapes}: used by an operation that the interpreter does not see (a torch.autograd.Function of your own, "
+        "torch.jit.script, a C++ extension), so that its per-sample gradient would be missing. Freeze the parameter "
+        "(requires_grad_(False)), pass on_unsupported='dense' (exact, one backward pass for each sample), or write the "
+        "operation in torch functions.",
+        names,
+    )
+
+
+def _add_gradient(result: Run, tracked: Tracked, gradient: Tensor) -> None:
+    for name in tracked.names:
+        pulled = result.pull(tracked, name, gradient.unsqueeze(0))[0]
+        result.grads[name] = result.grads[name] + pulled.to(result.grads[name].dtype)
+
+
+def _dense_by_backwards(
+    mode: Interpreter, losses: Tensor, weights: Tensor, uncounted: list[Tracked], want: Want, result: Run
+) -> None:
+    """Per-sample gradients of parameters without a rule: one backward pass for each sample."""
+    for site in mode.sites:
+        site.treatment = "off"
+    rows: list[list[Tensor]] = [[] for _ in uncounted]
+    for sample in range(len(losses)):
+        found = torch.autograd.grad(
+            losses[sample], [t.sentinel for t in uncounted], weights[sample], allow_unused=True, retain_graph=True
+        )
+        for row, tracked, grad in zip(rows, uncounted, found, strict=True):
+            row.append(torch.zeros_like(tracked.sentinel) if grad is None else grad)
+    for tracked, row in zip(uncounted, rows, strict=True):
+        factor = Dense(torch.stack(row).to(want.dtype))
+        if any(name in want.factors for name in tracked.names):
+            result.factors[Site(tracked, "one backward pass for each sample", "dense")] = factor
+        if want.grads:
+            _add_gradient(result, tracked, factor.grad[: want.train].sum(0))
+
+
+def _probe(
+    mode: Interpreter,
+    losses: Tensor,
+    weights: Tensor,
+    sites: list[Site],
+    cotangents: dict[Site, dict[str, Tensor | None]],
+    doubt: str,
+) -> dict[Site, Partition]:
+    """Find the sample of each row by a second backward with other weights: rows scale with the weight of their sample."""
+    samples = len(losses)
+    scale = torch.linspace(0.5, 1.5, samples, dtype=torch.float64)
+    scale = scale[torch.randperm(samples, generator=torch.Generator().manual_seed(samples))].to(losses.device)
+    probed = [site for site in sites if cotangents[site].get("g") is not None]
+    if not probed:
+        return {}
+    second = torch.autograd.grad(
+        losses, [s.taps["g"] for s in probed], weights * scale.to(weights), allow_unused=True, retain_graph=mode.lenient
+    )
+    found: dict[Site, Partition] = {}
+    for site, again in zip(probed, second, strict=True):
+        first = cotangents[site]["g"]
+        assert first is not None and again is not None
+        if first.dim() == 0:
+            raise InteractingSamples(_interaction(f"`{site.op}` of {site.label} gives one number for all samples"))
+        g, h = (t.reshape(-1, t.shape[-1]).double() for t in (first, again))
+        square = (g * g).sum(1)
+        ratio = (g * h).sum(1) / square.clamp(min=torch.finfo(torch.float64).tiny)
+        of_row = (ratio[:, None] - scale).abs().argmin(1)
+        error = (h - scale[of_row][:, None] * g).square().sum(1)
+        tolerance = _PROBE_TOLERANCE.get(first.dtype, 1e-3) / samples
+        if bool((error > (tolerance**2) * square.clamp(min=1e-12 * float(square.max()))).any()):
+            raise InteractingSamples(
+                _interaction(f"{doubt}, and a probe of the backward found samples meeting in `{site.op}` of {site.label}")
+            )
+        if isinstance(site.axis, SampleAxis):
+            followed = site.axis.of_rows(first)
+            if bool(((of_row != followed) & (square > 0)).any()):
+                raise InteractingSamples(_interaction(f"{doubt}, and rows of `{site.op}` of {site.label} change their sample"))
+            of_row = followed
+        found[site] = RowMap(of_row, samples)
+    return found
+
+
+def base_factor(result: Run, site: Site, factor: Factor, name: str) -> Factor:
+    """The factor of a site as a factor of a parameter: pulled back densely where the site's tensor is derived from it."""
+    tracked = site.tracked
+    if tracked.derivation is None and not isinstance(factor, Own):
+        return factor
+    return Dense(result.pull(tracked, name, factor.dense(tracked.real.shape)))
+
