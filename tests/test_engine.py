@@ -589,24 +589,33 @@ def test_samples_that_are_not_finite_are_named_and_nothing_is_kept(ready: Ready)
     X = X.clone()
     X[2] = float("nan")
     engine.attach_train_batch(X, Y, 6, [("law", 11), ("law", 12), ("code", 13), ("law", 14)])
-    with pytest.raises(FloatingPointError, match=r"1 of 4 samples .* iteration 6: code:13 \(loss nan, dot nan\)"):
+    with pytest.raises(FloatingPointError, match=r"training loss of 1 of 4 samples .* iteration 6: sample 13 of code"):
         engine(X, Y)
     assert engine.dots is None
     engine.cleanup()
     assert read_dot_log(engine.log.folder).num_rows == 0
     engine.log = None
-    with pytest.raises(FloatingPointError, match=r"position in the batch: 2 \(loss nan"):
+    with pytest.raises(FloatingPointError, match=r"training loss .* not finite: position 2 \(nan\)"):
         engine(X, Y)
 
 
-def test_a_validation_batch_that_is_not_finite_is_told_by_the_dots(ready: Ready) -> None:
+def test_validation_samples_and_dots_that_are_not_finite_are_told_apart(ready: Ready) -> None:
     engine, X, Y = ready
     engine.log = None
-    engine.update_validation_batch(X * float("inf"), Y)
+    X_val = X.clone()
+    X_val[1] = float("inf")
+    engine.update_validation_batch(X_val * 0, Y)
     with pytest.raises(
-        FloatingPointError, match=r"4 of 4 samples .* look at these samples and at the validation batch"
+        FloatingPointError, match=r"validation loss of 1 of 4 samples is not finite: position 1 \(nan\)"
     ):
         engine(X, Y)
+    with torch.no_grad():
+        engine.module[2].weight.mul_(1e-150)  # a loss that is finite, with gradients whose product is not
+    steep = GradDotProdEngine(
+        engine.module, (X, Y), loss=lambda output, batch: 1e200 * classification_loss(output, batch)
+    )
+    with pytest.raises(FloatingPointError, match="the dot of 4 of 4 samples is not finite"):
+        steep(X, Y)
 
 
 def test_labels_of_a_wrong_shape_are_refused_with_both_shapes(ready: Ready) -> None:
