@@ -23,10 +23,18 @@ VOCAB, BLOCK, CLASSES = 64, 8, 3
 class Task(NamedTuple):
     """A model with its data, and its per-sample losses written without ghostfunc."""
 
-    make: Callable[[], nn.Module]
-    draw: Callable[[torch.Generator, int], tuple[Tensor, Tensor]]
+    make_model: Callable[[], nn.Module]
+    draw_samples: Callable[[torch.Generator, int], tuple[Tensor, Tensor]]
     losses: Callable[[nn.Module, Tensor, Tensor], Tensor]
     loss: Callable[[Any, Any], Tensor]
+    device: torch.device = torch.device("cpu")
+
+    def make(self) -> nn.Module:
+        return self.make_model().to(self.device)
+
+    def draw(self, generator: torch.Generator, n: int) -> tuple[Tensor, Tensor]:
+        X, Y = self.draw_samples(generator, n)
+        return X.to(self.device), Y.to(self.device)
 
 
 def gpt2(dtype: torch.dtype = torch.float64, **config: Any) -> nn.Module:
@@ -67,8 +75,8 @@ TASKS = {
 
 
 @pytest.fixture(params=TASKS)
-def task(request: pytest.FixtureRequest) -> Task:
-    return TASKS[request.param]
+def task(request: pytest.FixtureRequest, device: torch.device) -> Task:
+    return TASKS[request.param]._replace(device=device)
 
 
 def batches(task: Task, n: int = 4) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -178,9 +186,9 @@ def test_twenty_steps_of_the_short_loop_equal_twenty_plain_steps(task: Task, cal
         assert logged["iteration"][rows] == [iteration] * 4
         assert logged["sample_id"][rows] == batch_idx.tolist()
         assert logged["learning_rate"][rows] == [learning_rate] * 4
-        losses = torch.tensor(logged["loss"][rows], dtype=torch.float64)
+        losses = torch.tensor(logged["loss"][rows], dtype=torch.float64, device=task.device)
         torch.testing.assert_close(losses, task.losses(plain, X, Y).detach(), rtol=1e-6, atol=0)  # stored as float32
-        dots = torch.tensor(logged["dot"][rows], dtype=torch.float64)
+        dots = torch.tensor(logged["dot"][rows], dtype=torch.float64, device=task.device)
         torch.testing.assert_close(dots, dots_by_loop(task, plain, X, Y), rtol=1e-7, atol=1e-8)
     assert log.num_rows == 80
     assert_same_parameters(model, plain, atol=1e-8)
@@ -191,7 +199,7 @@ def test_the_long_loop_accumulates_scales_and_evaluates(task: Task, aggregate: s
     k, steps = 3, 4
     model, plain = task.make(), task.make()
     optimizer = adamw(model)
-    scaler = torch.amp.GradScaler("cpu")
+    scaler = torch.amp.GradScaler(task.device.type)
     source = batches(task)
 
     ghost_engine = manager(task, model, optimizer, result_dir=tmp_path, dot_prod_save_interval=2)
@@ -244,7 +252,7 @@ def test_the_long_loop_accumulates_scales_and_evaluates(task: Task, aggregate: s
     log = read_dot_log(tmp_path / "dot_log").to_pydict()
     assert log["iteration"] == [i for i in range(steps) for _ in range(k * 4)]
     assert log["micro_step"] == [j for _ in range(steps) for j in range(k) for _ in range(4)]
-    dots = torch.tensor(log["dot"], dtype=torch.float64)
+    dots = torch.tensor(log["dot"], dtype=torch.float64, device=task.device)
     torch.testing.assert_close(dots, torch.cat(reference), rtol=1e-7, atol=1e-8)  # neither scaled nor divided by k
 
 
@@ -301,7 +309,7 @@ def test_dots_by_parameter_are_logged_as_their_sum(task: Task, tmp_path: Path) -
     assert output.dots.keys() == {name for name, _ in model.named_parameters()}
     total = torch.stack(list(output.dots.values())).sum(0)
     torch.testing.assert_close(total, dots_by_loop(task, model, X, Y), rtol=1e-7, atol=1e-8)
-    torch.testing.assert_close(torch.tensor(read_dot_log(tmp_path)["dot"].to_pylist(), dtype=total.dtype), total)
+    assert read_dot_log(tmp_path)["dot"].to_pylist() == total.tolist()
 
 
 def test_dots_by_validation_sample_are_logged_as_their_mean(task: Task, tmp_path: Path) -> None:
@@ -312,8 +320,8 @@ def test_dots_by_validation_sample_are_logged_as_their_mean(task: Task, tmp_path
     output = engine(X, Y)
     engine.save_metrics(0)
     assert output.dots.shape == (4, 3)
-    logged = torch.tensor(read_dot_log(tmp_path)["dot"].to_pylist(), dtype=torch.float64)
-    torch.testing.assert_close(logged, dots_by_loop(task, model, X, Y), rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(output.dots.mean(1), dots_by_loop(task, model, X, Y), rtol=1e-7, atol=1e-8)
+    assert read_dot_log(tmp_path)["dot"].to_pylist() == output.dots.mean(1).tolist()
 
 
 def test_layers_restrict_the_dots_and_not_the_gradient() -> None:
@@ -385,6 +393,20 @@ def test_update_validation_batch_changes_the_direction() -> None:
     after = engine(X, Y).dots
     torch.testing.assert_close(after, dots_by_loop(task, model, X, Y))
     assert not torch.allclose(before, after)
+
+
+def test_dropout_draws_what_a_plain_step_draws() -> None:
+    task = TASKS["gpt2"]
+    model = gpt2(resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
+    assert model.train().training
+    X, Y, _ = next(batches(task))
+    engine = GradDotProdEngine(model, validation(task))
+    torch.manual_seed(5)
+    engine(X, Y).loss.backward()
+    torch.manual_seed(5)
+    plain = flat_grad(model, task.losses(model, X, Y).mean())
+    deposited = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (deposited - plain).norm() <= 1e-6 * plain.norm()
 
 
 # Precision
