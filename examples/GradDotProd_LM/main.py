@@ -18,13 +18,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for `shared` and this package
 
+from GradDotProd_LM import config_file
+from GradDotProd_LM.training_loop import Run, Trainer, as_text
 from shared.dataloader import Corpora, load_corpora
 from shared.model_setup import ARCHITECTURES, build_model, data_vocabulary, model_config, quiet_transformers
 from shared.training_utils import OPTIMIZERS
 from shared.utils import DTYPES, pick_device, seed_everything, write_whole
-
-from GradDotProd_LM import config_file
-from GradDotProd_LM.training_loop import Run, Trainer, as_text
 
 # What may change between two starts of one run: where it runs and how often it saves, not what it computes.
 NOT_IN_THE_NUMBERS = (
@@ -176,6 +175,9 @@ def set_up(options: argparse.Namespace) -> Run:
 def _configuration(options: argparse.Namespace, data_dir: Path, corpora: Corpora) -> dict[str, Any]:
     """What decides the numbers of a run: the options, and the data they led to."""
     decisive = {name: value for name, value in vars(options).items() if name not in NOT_IN_THE_NUMBERS}
+    for name in ("model", "train_set", "val_set"):
+        if decisive[name] and Path(decisive[name]).is_dir():
+            decisive[name] = str(Path(decisive[name]).resolve())
     data = {split: {"domains": corpus.domains, "tokens": corpus.tokens} for split, corpus in corpora._asdict().items()}
     return decisive | {"data_dir": str(data_dir), "data": data}
 

@@ -13,6 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ghostfunc.dotlog import DotLog
+from ghostfunc.engine import GhostEngineManager
 from shared.dataloader import Batch, Corpora
 from shared.training_utils import (
     Evaluations,
@@ -24,11 +29,6 @@ from shared.training_utils import (
     save_checkpoint,
 )
 from shared.utils import DTYPES, Stopped, StopRequest, stop_request, wait_for, write_whole
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from ghostfunc.dotlog import DotLog
-from ghostfunc.engine import GhostEngineManager
 
 try:
     from tqdm import tqdm
@@ -112,7 +112,10 @@ class Trainer:
         self.scaler = torch.GradScaler(run.device.type, enabled=train_dtype == torch.float16)
         self.checkpoints = run.folder / "checkpoint"
         self.done = load_checkpoint(self.checkpoints, self.model, self.optimizer, self.scaler)
-        self.evaluations = Evaluations(run.folder / "evaluations.csv", resume_at=self.done)
+        if self.done:
+            print(f"continuing after {self.done} steps")
+        resume_at = None if options.eval_only else self.done
+        self.evaluations = Evaluations(run.folder / "evaluations.csv", resume_at=resume_at)
         self.engine = self._build_engine()
         self.timings = Timings()
 
@@ -120,7 +123,7 @@ class Trainer:
         options = self.options
         val = self.run.corpora.val.sample(options.val_batch_size, seed=options.seed, step=0).tokens  # [m, T]
         engine = GhostEngineManager(options, self.model, self.optimizer, val_data=(val, val))
-        if options.method == "GradDotProd":
+        if options.method == "GradDotProd" and not options.eval_only:
             val_batch = {"input_ids": val, "labels": val}
             engine.log = DotLog(self.run.folder / "dot_log", config=self.run.configuration, val_batch=val_batch)
             engine.log.resume(self.done)

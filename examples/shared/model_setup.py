@@ -24,25 +24,27 @@ ARCHITECTURES = {
     "GPT2-Nano": GPT2Size(n_layer=4, n_embd=128, n_head=4),
 }
 POSITIONS = 1024
-GPT2_VOCABULARY = 50257
 
 
 class DataVocabulary(NamedTuple):
-    """What the tokenizer script wrote about its tokens; GPT-2's where it wrote nothing."""
+    """What the tokenizer script wrote about its tokens."""
 
     size: int
     end_of_text: int
 
 
-def data_vocabulary(data_dir: str | Path) -> DataVocabulary:
-    """Read the vocabulary of tokenized data from its `meta.json`; GPT-2's without one.
+GPT2_VOCABULARY = DataVocabulary(size=50257, end_of_text=50256)
+
+
+def data_vocabulary(data_dir: str | Path) -> DataVocabulary | None:
+    """Read the vocabulary of tokenized data from its `meta.json`; None without one.
 
     Raises:
         ValueError: if `meta.json` does not hold `vocab_size`.
     """
     path = Path(data_dir) / "meta.json"
     if not path.is_file():
-        return DataVocabulary(GPT2_VOCABULARY, GPT2_VOCABULARY - 1)
+        return None
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         size = int(meta["vocab_size"])
@@ -60,14 +62,16 @@ def quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def model_config(architecture: str, model: str | None, vocabulary: DataVocabulary, block_size: int) -> PreTrainedConfig:
+def model_config(
+    architecture: str, model: str | None, vocabulary: DataVocabulary | None, block_size: int
+) -> PreTrainedConfig:
     """The configuration of the model to train, checked against the data.
 
     Args:
         architecture: a key of `ARCHITECTURES`, read where `model` is None. Its vocabulary is the data's and its dropout
             is 0: a sample of a pretraining run is seen about once, and GPT-2's default of 0.1 would add noise to dots.
         model: a folder or a hub name; its own configuration is kept, dropout included.
-        vocabulary: the data's.
+        vocabulary: the data's; None where it is not known, and then GPT-2's is taken.
         block_size: tokens in a sample.
 
     Raises:
@@ -75,12 +79,13 @@ def model_config(architecture: str, model: str | None, vocabulary: DataVocabular
             fewer positions than a sample has tokens.
     """
     if model is None:
+        size, end_of_text = vocabulary or GPT2_VOCABULARY
         config = GPT2Config(
             **ARCHITECTURES[architecture]._asdict(),
             n_positions=POSITIONS,
-            vocab_size=vocabulary.size,
-            bos_token_id=vocabulary.end_of_text,
-            eos_token_id=vocabulary.end_of_text,
+            vocab_size=size,
+            bos_token_id=end_of_text,
+            eos_token_id=end_of_text,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
@@ -88,10 +93,10 @@ def model_config(architecture: str, model: str | None, vocabulary: DataVocabular
         name = architecture
     else:
         config, name = _config_from(model), model
-    if config.vocab_size < vocabulary.size:
+    if vocabulary is not None and config.vocab_size < vocabulary.size:
         raise ValueError(
-            f"the data's vocabulary (vocab_size {vocabulary.size} in its meta.json, or GPT-2's where there is none) is "
-            f"larger than that of {name} ({config.vocab_size}): tokenize again with the model's tokenizer: python "
+            f"the data's vocabulary (vocab_size {vocabulary.size} in its meta.json) is larger than that of {name} "
+            f"({config.vocab_size}): tokenize again with the model's tokenizer: python "
             f"examples/shared/data_processing/tokenize_pile_by_domain.py --tokenizer {name} --output_dir NEW_FOLDER, "
             "and name that folder with --data_dir"
         )

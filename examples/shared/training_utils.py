@@ -126,20 +126,23 @@ def _evaluation_batches(corpus: TokenCorpus, batch_size: int, batches: int, seed
 
 
 class Evaluations:
-    """The results file of a run: a line per evaluation, appended; lines of a future that a resumed run redoes go.
+    """The results file of a run: a line per evaluation, appended.
 
     Args:
         path: the CSV file, with columns `iteration,train_loss,val_loss,test_loss`.
-        resume_at: the steps that the run's state has behind it; later lines are dropped.
+        resume_at: drop the lines after so many steps, because a resumed run will write them again; None keeps all.
+
+    Attributes:
+        iterations: those that have a line.
     """
 
     COLUMNS = ("iteration", "train_loss", "val_loss", "test_loss")
 
-    def __init__(self, path: Path, *, resume_at: int) -> None:
+    def __init__(self, path: Path, *, resume_at: int | None) -> None:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[1:] if path.is_file() else []
         # A kill may have cut the last line short.
-        kept = {int(line.split(",")[0]): line for line in lines if line.endswith("\n")}
-        kept = {iteration: line for iteration, line in kept.items() if iteration <= resume_at}
+        lines_of = {int(line.split(",")[0]): line for line in lines if line.endswith("\n")}
+        kept = {step: line for step, line in sorted(lines_of.items()) if resume_at is None or step <= resume_at}
         write_whole(path, "".join([",".join(self.COLUMNS) + "\n", *kept.values()]))
         self.path = path
         self.iterations = set(kept)
