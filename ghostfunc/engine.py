@@ -211,7 +211,7 @@ class GradDotProdEngine:
             raise ValueError("no validation batch: pass val_batch, or call update_validation_batch(X_val, Y_val).")
         result = self._value_and_grad_dot(batch)
         dots = _per_sample(result.dots)
-        self._require_finite(result, dots)
+        self._require_finite("dot", dots, self._sample_names(n))
 
         self.losses, self.dots = result.losses, result.dots
         if self.log is not None:
@@ -333,7 +333,6 @@ class GradDotProdEngine:
         return self._as_batch(*val_batch) if isinstance(val_batch, (tuple, list)) else self._as_batch(val_batch, None)
 
     def _value_and_grad_dot(self, batch: Any) -> ValueAndGradDot:
-        """Run the transform with autocast in the forwards alone, and under float16 with losses scaled."""
         device = next(self.module.parameters()).device
         val_batch = pytree.tree_map_only(Tensor, lambda t: t.to(device), self._val_batch)
         autocast_dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
@@ -342,29 +341,43 @@ class GradDotProdEngine:
             # Without the cache of cast weights: what one forward caches must not reach the next one's graph.
             return torch.autocast(device.type, autocast_dtype, autocast_dtype is not None, cache_enabled=False)
 
+        with torch.autocast(device.type, enabled=False):  # for the backwards: the forwards enter it themselves
+            if autocast_dtype != torch.float16:
+                return self._scaled_run(batch, val_batch, autocast, 1.0)
+            # As GradScaler does, overflow halves the scale; unlike there, the step is tried again, not given up.
+            result = self._scaled_run(batch, val_batch, autocast, self._loss_scale)
+            while self._loss_scale > 1 and _overflowed(result):
+                self._loss_scale /= 2
+                result = self._scaled_run(batch, val_batch, autocast, self._loss_scale)
+            return result
+
+    def _scaled_run(
+        self, batch: Any, val_batch: Any, autocast: Callable[[], AbstractContextManager], scale: float
+    ) -> ValueAndGradDot:
+        """Run the transform on losses times `scale`, which is out of the results again."""
+
         def call(module: nn.Module, batch: Any) -> Any:
             with autocast():
                 return self.call(module, batch)
 
-        def run(scale: float) -> ValueAndGradDot:
-            def loss(output: Any, batch: Any) -> Tensor:
-                with autocast():
-                    losses = self.loss_fn(output, batch)
-                return losses if scale == 1 else losses * scale
+        def loss(output: Any, batch: Any) -> Tensor:
+            with autocast():
+                losses = self.loss_fn(output, batch)
+            # In float32 at least: float16 has no room for scaled losses.
+            return losses if scale == 1 else losses.to(torch.promote_types(losses.dtype, torch.float32)) * scale
 
-            model_fn, params = functionalize(self.module, loss, call=call)
-            with torch.autocast(device.type, enabled=False):
-                result = value_and_grad_dot(model_fn, params, batch, val_batch, **self._options)
-            return result if scale == 1 else _unscale(result, scale)
-
-        if autocast_dtype != torch.float16:
-            return run(1.0)
-        # As GradScaler does: overflow halves the scale. It tries again instead of giving up the step.
-        result = run(self._loss_scale)
-        while self._loss_scale > 1 and _overflowed(result):
-            self._loss_scale /= 2
-            result = run(self._loss_scale)
-        return result
+        model_fn, params = functionalize(self.module, loss, call=call)
+        try:
+            result = value_and_grad_dot(model_fn, params, batch, val_batch, **self._options)
+        except ValueError:
+            # The transform knows rows of the batch; whoever attached the batch wants to read which samples they are.
+            with torch.no_grad():
+                val_losses, losses = model_fn(params, val_batch), model_fn(params, batch)
+            self._require_finite("validation loss", val_losses, _positions(len(val_losses)))
+            self._require_finite("training loss", losses, self._sample_names(len(losses)))
+            raise
+        result = ValueAndGradDot(*pytree.tree_map_only(Tensor, Tensor.detach, tuple(result)))
+        return result if scale == 1 else _unscale(result, scale)
 
     def _loss_with_gradient(self, result: ValueAndGradDot) -> Tensor:
         parameters = dict(self.module.named_parameters())
@@ -391,19 +404,11 @@ class GradDotProdEngine:
             }
         )
 
-    def _require_finite(self, result: ValueAndGradDot, dots: Tensor) -> None:
-        losses, val_losses = result.losses, result.val_losses
-        if torch.cat([losses, val_losses, dots]).isfinite().all():  # one look, as each waits for the device
+    def _require_finite(self, what: str, values: Tensor, names: list[str]) -> None:
+        if values.isfinite().all():
             return
-        # A loss that is not finite spoils dots beyond its own, so that losses are looked at first.
-        if not val_losses.isfinite().all():
-            what, values, ids = "validation loss", val_losses, [f"position {i}" for i in range(len(val_losses))]
-        elif not losses.isfinite().all():
-            what, values, ids = "training loss", losses, self._sample_names(len(losses))
-        else:
-            what, values, ids = "dot", dots, self._sample_names(len(losses))
         bad = (~values.isfinite()).nonzero().flatten().tolist()
-        shown = "; ".join(f"{ids[i]} ({values[i].item():g})" for i in bad[:8])
+        shown = "; ".join(f"{names[i]} ({values[i].item():g})" for i in bad[:8])
         when = f" in iteration {self._attached.iteration}" if self._attached is not None else ""
         raise FloatingPointError(
             f"the {what} of {len(bad)} of {len(values)} samples is not finite{when}: {shown}. Nothing was logged or "
@@ -412,7 +417,7 @@ class GradDotProdEngine:
 
     def _sample_names(self, n: int) -> list[str]:
         if self._attached is None:
-            return [f"position {i}" for i in range(n)]
+            return _positions(n)
         pairs = zip(self._attached.domains, self._attached.sample_ids, strict=True)
         return [f"sample {sample_id} of {domain}" if domain else f"sample {sample_id}" for domain, sample_id in pairs]
 
@@ -570,8 +575,6 @@ def _unscale(result: ValueAndGradDot, scale: float) -> ValueAndGradDot:
 
 
 def _overflowed(result: ValueAndGradDot) -> bool:
-    if not (result.losses.isfinite().all() and result.val_losses.isfinite().all()):
-        return False  # a forward that fails does so under any scale
     tensors = [*result.grads.values(), *pytree.tree_leaves(result.dots)]
     return not torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
 
@@ -592,6 +595,10 @@ def _batch_size(batch: Any) -> int:
             "dimension, the number of samples."
         )
     return sizes.pop()[0]
+
+
+def _positions(n: int) -> list[str]:
+    return [f"position {i}" for i in range(n)]
 
 
 def _split_ids(batch_idx: SampleIds, domains: Sequence[str] | None) -> tuple[list[int], list[str]]:
