@@ -1,0 +1,203 @@
+"""`make demo`: build a corpus, tokenize it, train a small GPT-2 with gradient dot products, and report what they say.
+
+    python examples/demo/run.py
+
+What an earlier run left in `demo/` is used again; remove the folder to start over.
+"""
+
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for the packages in it
+
+import pyarrow as pa
+from transformers import PreTrainedTokenizerFast
+
+from demo import report
+from ghostfunc.dotlog import read_dot_log
+from GradDotProd_LM.main import main as train
+from shared.dataloader import TokenCorpus
+from shared.domain_list import domain_file
+from shared.utils import write_whole
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+DEMO = CHECKOUT / "demo"
+VAL_DOMAIN = "code"
+PASSAGES = 5
+TRAINING = {
+    "architecture": "GPT2-Nano",
+    "block_size": 64,
+    "batch_size": 16,
+    "val_batch_size": 8,
+    "learning_rate": 1e-3,
+    "warmup_step": 15,
+    "max_steps": 150,
+    "eval_interval": 50,
+    "eval_iter": 2,
+}
+PLAIN_STEP_EVERY = 10
+
+
+def main() -> None:
+    """Do what is not done yet, then report."""
+    start = time.monotonic()
+    corpus, data = DEMO / "corpus", DEMO / "data"
+    _run("examples/demo/build_corpus.py", ["--output", _shown(corpus)])
+    if (data / "meta.json").is_file():
+        print(f"\n== The tokens in {_shown(data)} are used again.")
+    else:
+        tokenizer = "examples/shared/data_processing/tokenize_pile_by_domain.py"
+        _run(tokenizer, ["--input", _shown(corpus), "--output_dir", _shown(data)])
+    options = [*training_options(data), "--results_dir", _shown(DEMO / "results")]
+    options += ["--interleave_plain", str(PLAIN_STEP_EVERY)]
+    with _stage("examples/GradDotProd_LM/main.py", options):
+        run = train(options)
+    print("\n== Report")
+    print(make_report(run, data, DEMO))
+    print(f"\nAll of this took {time.monotonic() - start:.0f} s.")
+
+
+def training_options(data: Path) -> list[str]:
+    """The options that train on the demo's data as the demo does."""
+    options = TRAINING | {"train_set": _shown(data), "val_set": VAL_DOMAIN, "data_dir": _shown(data)}
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+def make_report(run: Path, data: Path, folder: Path) -> str:
+    """Write `report.html` and its figure into `folder`.
+
+    Args:
+        run: a run folder of GradDotProd_LM.
+        data: the tokenized data that it was trained on.
+        folder: where the report goes.
+
+    Returns:
+        The report's table, passages and cost, and where it lies, as text for a terminal.
+    """
+    log = read_dot_log(run / "dot_log")
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    timing = json.loads((run / "timing.json").read_text(encoding="utf-8"))
+    val_domain = config["val_set"]
+
+    domains = report.domain_values(log)
+    samples = report.sample_values(log)
+    helpful = read_passages(samples[:PASSAGES], data, config["block_size"])
+    harmful = read_passages(samples[: -PASSAGES - 1 : -1], data, config["block_size"])
+    figure = report.draw_values(log, val_domain)
+    facts = describe_run(log, config, run / "evaluations.csv")
+    cost = describe_cost(timing, config)
+    command = shlex.join([_shown(CHECKOUT / "examples" / "GradDotProd_LM" / "train.sh"), *training_options(data)])
+
+    page = report.render_html(
+        domains=domains,
+        val_domain=val_domain,
+        helpful=helpful,
+        harmful=harmful,
+        figure=figure,
+        facts=facts,
+        cost=cost,
+        command=command,
+    )
+    (folder / "value_per_domain.png").write_bytes(figure)
+    write_whole(folder / "report.html", page)
+    return "\n".join(
+        [
+            *(f"{name}: {value}" for name, value in facts.items()),
+            "",
+            report.format_table(domains, val_domain),
+            "",
+            *report.EXPLANATION,
+            "",
+            "Most helpful passages [10⁻⁶ nats]:",
+            report.format_passages(helpful),
+            "",
+            "Most harmful passages [10⁻⁶ nats]:",
+            report.format_passages(harmful),
+            "",
+            *cost,
+            "",
+            f"The report: {_shown(folder / 'report.html')} (its figure: {_shown(folder / 'value_per_domain.png')})",
+            "To train on the demo's data yourself:",
+            f"  {command}",
+        ]
+    )
+
+
+def read_passages(samples: Sequence[report.SampleValue], data: Path, block_size: int) -> list[report.Passage]:
+    """Look up the text of samples in the data that they were drawn from."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(data / "tokenizer")
+    files = {sample.domain: domain_file(data, "train", sample.domain) for sample in samples}
+    corpus = TokenCorpus(files, block_size=block_size)
+    return [
+        report.Passage(sample, tokenizer.decode(corpus.at(sample.domain, sample.sample_id).tolist()))
+        for sample in samples
+    ]
+
+
+def describe_run(log: pa.Table, config: dict[str, Any], evaluations: Path) -> dict[str, str]:
+    """What the run was, name by name."""
+    steps = len(log["iteration"].unique())
+    facts = {
+        "Model": f"{config['architecture']} from scratch, {config['optimizer']}, learning rate up to "
+        f"{config['learning_rate']:g}",
+        "Training": f"{steps} steps of {len(log) // steps} samples of {config['block_size']} tokens",
+        "Validation batch": f"{config['val_batch_size']} samples of {config['val_set']}",
+    }
+    with evaluations.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    if rows:
+        first, last = rows[0], rows[-1]
+        facts["Validation loss"] = (
+            f"{float(first['val_loss']):.3f} after {first['iteration']} steps, "
+            f"{float(last['val_loss']):.3f} after {last['iteration']} (nats per token, on {config['val_set']})"
+        )
+    return facts
+
+
+def describe_cost(timing: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """What a step with dot products cost beside plain steps on the same batches, in sentences."""
+    if "interleaved" not in timing:
+        return ["No plain step was timed, because the run was resumed shortly before its end."]
+    took = timing["interleaved"]
+    train_samples, val_samples = config["batch_size"], config["val_batch_size"]
+    return [
+        f"A step with dot products took {took['ghost_step_seconds']:.3f} s, a plain training step on the same batch "
+        f"{took['plain_step_seconds']:.3f} s: {took['ratio']:.2f} times (medians of {took['steps']} steps each, "
+        f"interleaved in this run; {timing['threads']} threads on {timing['device']}).",
+        f"The {val_samples} validation samples beside {train_samples} training samples make up "
+        f"{1 + val_samples / train_samples:.2f} of that: a plain step on the concatenated batch would cost as much.",
+    ]
+
+
+def _run(script: str, options: Sequence[str]) -> None:
+    with _stage(script, options):
+        ended = subprocess.run([sys.executable, CHECKOUT / script, *options], check=False)
+    if ended.returncode:
+        sys.exit(f"the demo stops here: {script} failed (exit status {ended.returncode}); its message is above")
+
+
+@contextmanager
+def _stage(script: str, options: Sequence[str]) -> Iterator[None]:
+    """Show the command that does the same as the block, then how long it took."""
+    print(f"\n== python {shlex.join([_shown(CHECKOUT / script), *options])}", flush=True)
+    start = time.monotonic()
+    yield
+    print(f"({time.monotonic() - start:.0f} s)", flush=True)
+
+
+def _shown(path: Path) -> str:
+    """A path as one would type it here."""
+    return os.path.relpath(path)
+
+
+if __name__ == "__main__":
+    main()
