@@ -1,8 +1,8 @@
 """Worksheets of school mathematics from the generator behind DeepMind's Mathematics Dataset, as JSON lines.
 
 Run by `build_corpus.py` in processes of their own: `python mathematics_worksheets.py PACKAGES FIRST STEP` prints the
-worksheets FIRST, FIRST + STEP, ... The generator dates from 2019; where it meets later numpy and sympy, four spellings
-are replaced in a copy of it.
+worksheets FIRST, FIRST + STEP, ... The generator dates from 2019. In a copy of it, a few spellings are replaced that
+later numpy and sympy do not know, or that make two runs differ.
 """
 
 import json
@@ -14,15 +14,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import sympy.core.random
 
 _SHEETS_PER_TOPIC = 2
 _QUESTIONS_PER_SHEET = 50
 _SLOW_TOPICS = ("probability", "polynomial roots", "simplify surd")  # most of the time for a few of the questions
-_SPELLINGS = {  # in sample/polynomials.py
-    "np.object": "object",
-    "from sympy.solvers.diophantine import": "from sympy.solvers.diophantine.diophantine import",
-    "expanded_coefficients.itemset(power, coeffs)": "expanded_coefficients[power] = coeffs",
-    "coeffs.itemset(index, value)": "coeffs[index] = value",
+_SPELLINGS = {
+    "sample/polynomials.py": {
+        "np.object": "object",
+        "from sympy.solvers.diophantine import": "from sympy.solvers.diophantine.diophantine import",
+        "expanded_coefficients.itemset(power, coeffs)": "expanded_coefficients[power] = coeffs",
+        "coeffs.itemset(index, value)": "coeffs[index] = value",
+    },
+    "util/composition.py": {  # a set of objects has another order in every process
+        "entities = set(context.child_entities)": "entities = dict.fromkeys(context.child_entities)",
+        "entities.add(maybe_entity)": "entities[maybe_entity] = None",
+    },
 }
 
 
@@ -38,13 +45,14 @@ def unpack_generator(packages: Path, folder: Path) -> None:
     """
     with zipfile.ZipFile(next(packages.glob("mathematics_dataset-*.whl"))) as wheel:
         wheel.extractall(folder)
-    polynomials = folder / "mathematics_dataset" / "sample" / "polynomials.py"
-    code = polynomials.read_text()
-    for old, new in _SPELLINGS.items():
-        if old not in code:
-            raise ValueError(f"mathematics-dataset is another version than expected: no {old!r} in {polynomials.name}")
-        code = code.replace(old, new)
-    polynomials.write_text(code)
+    for name, spellings in _SPELLINGS.items():
+        module = folder / "mathematics_dataset" / name
+        code = module.read_text()
+        for old, new in spellings.items():
+            if old not in code:
+                raise ValueError(f"mathematics-dataset is another version than expected: no {old!r} in {name}")
+            code = code.replace(old, new)
+        module.write_text(code)
     sys.path[:0] = [str(folder), *(str(next(packages.glob(f"{name}-*.whl"))) for name in ("six", "absl_py"))]
 
 
@@ -66,6 +74,7 @@ def topics() -> dict[str, Callable]:
 def worksheet(title: str, make_problem: Callable, seed: int) -> str:
     """A title, then questions, each with its answer on the next line; a function of the seed."""
     random.seed(seed)
+    sympy.core.random.seed(seed)
     np.random.seed(seed)
     problems = (make_problem() for _ in range(_QUESTIONS_PER_SHEET))
     return "\n".join([title, "", *(f"{problem.question}\n{problem.answer}" for problem in problems)])
