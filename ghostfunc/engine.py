@@ -127,7 +127,6 @@ class GradDotProdEngine:
         self.optimizer = optimizer
         self.log = log
         self.save_interval = save_interval
-        self.out = out
         self.dots: Any = None
         self.losses: Tensor | None = None
         self._options = {
