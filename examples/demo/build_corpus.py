@@ -67,12 +67,21 @@ def code(packages: Path) -> list[str]:
 
 def documentation(packages: Path) -> list[str]:
     """The language reference that `help()` shows, and the docstrings of the library's large modules."""
-    topics = {text.strip() for text in pydoc_data.topics.topics.values()}
-    # Some topics are sections of others; twice in the corpus they could be both learnt and validated on.
-    reference = sorted(text for text in topics if not any(text in other for other in topics - {text}))
+    topics = sorted((text.strip() for text in pydoc_data.topics.topics.values()), key=lambda text: (len(text), text))
     large = {name: module for name, module in _modules().items() if len(module) > _SMALL_MODULE}
     docstrings = [_docstrings(name, module) for name, module in large.items()]
-    return reference + _evenly([text for text in docstrings if len(text) >= 1_000], 450_000)
+    return _without_repetition(topics) + _evenly([text for text in docstrings if len(text) >= 1_000], 450_000)
+
+
+def _without_repetition(texts: Sequence[str]) -> list[str]:
+    """Leave out what earlier texts mostly hold already: it could be learnt from one and validated on in the other."""
+    kept, seen = [], set()
+    for text in texts:
+        lines = {line for line in text.split("\n") if len(line) > 40}
+        if len(lines - seen) > len(lines) / 2:
+            kept.append(text)
+            seen |= lines
+    return kept
 
 
 def _modules() -> dict[str, str]:
