@@ -1,11 +1,11 @@
-# make setup | demo | test | lint | test-gpu.   VENV=folder and SYSTEM_PYTHON=python3.x choose other places.
+# make setup | demo | test | lint | test-gpu | bench.   VENV=folder and SYSTEM_PYTHON=python3.x choose other places.
 VENV ?= .venv
 SYSTEM_PYTHON ?= python3
 WORKERS ?= 2
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test lint test-gpu
+.PHONY: setup demo test lint test-gpu bench
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -36,3 +36,6 @@ lint: setup
 
 test-gpu: setup
 	$(PYTHON) -m pytest -m cuda
+
+bench: setup
+	$(PYTHON) benchmarks/vs_vmap.py
