@@ -1,6 +1,8 @@
-"""What every test shares: shape annotations are checked while the tests run, one thread, fixed seeds, and a device."""
+"""What every test shares: annotations are checked while the tests run, one thread, fixed seeds, and a device."""
 
 import os
+from importlib.util import find_spec
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -8,7 +10,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("ghostfunc", "beartype.beartype")  # before anything imports ghostfunc
+PER_OPERATION = {"_interpreter", "_rules", "_sample_axis"}  # run at every torch operation: checked, they are 8x slower
+package = find_spec("ghostfunc")
+assert package is not None and package.origin is not None, "ghostfunc is not installed: run make setup"
+modules = {path.stem for path in Path(package.origin).parent.glob("*.py")} - PER_OPERATION - {"__init__"}
+install_import_hook([f"ghostfunc.{name}" for name in sorted(modules)], "beartype.beartype")  # before ghostfunc's import
 
 import pytest
 import torch
