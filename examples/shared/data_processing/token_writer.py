@@ -105,12 +105,15 @@ class TokenWriter:
         }
         _write_json(self.folder / "progress.json", progress)
 
-    def publish(self, tokenizer_folder: Path, meta: dict[str, Any]) -> None:
+    def publish(self, tokenizer_folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
         """Move the finished files to their names; `meta.json`, written last, says that all are there.
 
         Args:
             tokenizer_folder: what becomes `<output_dir>/tokenizer`.
             meta: what `meta.json` holds beside the settings and the sources.
+
+        Returns:
+            All that `meta.json` holds.
         """
         self._complete = True
         self.save_resume_point()
@@ -122,7 +125,9 @@ class TokenWriter:
         final_tokenizer = self.output_dir / "tokenizer"
         shutil.rmtree(final_tokenizer, ignore_errors=True)
         os.replace(tokenizer_folder, final_tokenizer)
-        _write_json(self.output_dir / "meta.json", meta | {"settings": self.settings, "sources": self.sources})
+        meta = meta | {"settings": self.settings, "sources": self.sources}
+        _write_json(self.output_dir / "meta.json", meta)
+        return meta
 
     def _read_resume_point(self) -> None:
         progress_file = self.folder / "progress.json"

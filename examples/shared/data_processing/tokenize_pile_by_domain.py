@@ -237,8 +237,7 @@ def tokenize(
             "tokenizer": tokenizer_name,
             "domains": {name: {split: writer.count(split, name) for split in SPLITS} for name in sorted(writer.names)},
         }
-        writer.publish(tokenizer_folder, meta)
-    return meta
+        return writer.publish(tokenizer_folder, meta)
 
 
 Submit = Callable[[list[Document], str, Sequence[str]], "Future[list[EncodedDocument]]"]
