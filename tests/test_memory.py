@@ -46,7 +46,7 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("out", ["train", "param train"])
 def test_no_per_sample_gradient_is_allocated(schedule, out):
     """The largest tensor is far below `[B, d_in, d_out]`, where the oracle's is that."""
-    n, m, positions, width = 16, 2, 64, 256
+    n, m, positions, width = 16, 2, 64, 512  # sixteen gradients of 2 MB
     params = {"up": torch.randn(2 * width, width) / width, "down": torch.randn(width, 2 * width) / width}
     train, val = torch.randn(n, positions, width), torch.randn(m, positions, width)
     with Allocations() as recorded:
