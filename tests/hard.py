@@ -1,5 +1,6 @@
 """Uses that a method with hooks or a list of layers gets silently wrong: they are exact, or refused by name."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -166,7 +167,39 @@ def _through_numpy(p: dict[str, Tensor], x: Tensor) -> Tensor:
     return F.linear(x, p["w"]) + features.unsqueeze(-1) * p["s"]
 
 
+def _scaled_table(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    """A tied table that is scaled before both of its uses."""
+    ids = (x[..., 0] > 0).long() + (x[..., 1] > 0).long()
+    table = p["table"] * 4**0.5
+    return F.linear(F.embedding(ids, table) + x, table + p["shift"])
+
+
+def _two_names() -> Callable[[torch.dtype, torch.device], Built]:
+    """One tensor under two names: two parameters with the same values."""
+    make = _function(lambda p, x: F.linear(F.linear(x, p["a"]).tanh(), p["b"]), a=(4, 4), b=(4, 4))
+
+    def shared(dtype: torch.dtype, device: torch.device) -> Built:
+        built = make(dtype, device)
+        return built._replace(params={"a": built.params["a"], "b": built.params["a"]})
+
+    return shared
+
+
 HARD = [
+    Case("scaled table", _function(_scaled_table, table=(3, 4), shift=(4,))),
+    Case("two names", _two_names()),
+    Case("type as the data", _function(lambda p, x: F.linear(x, p["w"].type_as(x), p["b"].to(x)), w=(5, 4), b=(5,))),
+    Case("rounded weight", _function(
+        lambda p, x: F.linear(x, p["w"] + ((4 * p["w"]).round() / 4 - p["w"]).detach()), w=(5, 4)
+    )),
+    Case("rows of a weight", _function(lambda p, x: sum((x * row).tanh() for row in p["w"]), w=(5, 4))),
+    Case("constant of the batch's shape", _function(
+        lambda p, x: (torch.zeros_like(x) + p["b"]) * x + (x.new_ones(len(x), 3, 1) * p["s"]), b=(4,), s=(4,)
+    )),
+    Case("norm of a weight", _function(lambda p, x: x * p["w"].norm() / p["w"].max(), w=(5, 4))),
+    Case("a product over positions", _function(lambda p, x: torch.einsum("btd,st->bsd", x, p["w"]), w=(5, 3))),
+    Case("a triangular mix of positions", _function(lambda p, x: p["w"].tril() @ x, w=(3, 3))),
+    Case("a cumulative sum of a weight", _function(lambda p, x: x * p["w"].cumsum(0).unsqueeze(1), w=(3,))),
     Case("masked positions", _function(_masked, w=(4, 4))),
     Case("packed tokens", _function(_packed, w=(5, 4), b=(5,))),
     Case("experts", _function(_experts, router=(3, 4), experts=(3, 4, 4))),

@@ -140,3 +140,32 @@ def test_functional_dropout_without_a_module(device):
     g = plain_backwards(model_fn, params, train)
     torch.manual_seed(SEED)
     assert_grads(gf.value_and_grad_dot(model_fn, params, train, val).grads, mean(g), 1e-10, "grads")
+
+
+@pytest.mark.parametrize("schedule", ["auto", "two-phase"])
+def test_dropout_on_a_weight(schedule, device):
+    """One mask on a weight, for the whole batch: the same mask in the losses, in the gradients and in the dots."""
+
+    def model_fn(p: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+        dropped = torch.nn.functional.dropout(p["w"], 0.5)
+        return torch.nn.functional.cross_entropy((batch[0] @ dropped).tanh() @ p["v"], batch[1], reduction="none")
+
+    generator = torch.Generator().manual_seed(0)
+    params = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+        for name, shape in {"w": (5, 16), "v": (16, 3)}.items()
+    }
+    train = vectors(N, 1, device)
+    g = plain_backwards(model_fn, params, train)
+    torch.manual_seed(SEED)
+    assert_dots(gf.ghost_grad_along(model_fn, params, train, params), dots(g, params), 1e-10, "along")
+    torch.manual_seed(SEED)
+    result = gf.value_and_grad_dot(model_fn, params, train, train, schedule=schedule)
+    assert_grads(result.grads, mean(g), 1e-10, "grads")
+    without = per_sample_grads(evaluated, params, train)
+    assert_dots(result.dots, dots(g, mean(without)), 1e-10, "dots")
+
+
+def evaluated(p: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The model above without its dropout."""
+    return torch.nn.functional.cross_entropy((batch[0] @ p["w"]).tanh() @ p["v"], batch[1], reduction="none")
