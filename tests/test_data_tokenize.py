@@ -381,6 +381,14 @@ def test_damaged_compression(tmp_path, tokenizer, suffix, damage):
     assert not list((tmp_path / "out").glob("*.bin"))
 
 
+def test_a_file_that_ends_between_two_lines_of_an_open_frame(tmp_path, tokenizer):
+    frame = zstandard.ZstdCompressor().compressobj()
+    data = frame.compress(json_lines(documents(20))) + frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    (tmp_path / "in.jsonl.zst").write_bytes(data)
+    with pytest.raises(ValueError, match="damaged after line 20 .it ends within a frame"):
+        run(tmp_path / "in.jsonl.zst", tmp_path / "out", tokenizer)
+
+
 def test_two_domains_with_one_file_name(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="'a b' and 'a_b' would share the file name 'a_b'"):
         run(write(tmp_path / "in.jsonl", [("x", "a b"), ("y", "a_b")]), tmp_path / "out", tokenizer)
