@@ -126,16 +126,17 @@ def draw_values(log: pa.Table, val_domain: str, *, windows: int = 15) -> bytes:
 
     Returns:
         A PNG: on the left the domain's value summed up to each step, on the right the mean value of one of its samples
-        in each stretch of the run, with twice its standard error as a band.
+        in each stretch of the run, with twice its standard error as a band, on a symmetric logarithmic scale.
     """
     iterations, values = log["iteration"].to_numpy(), values_of(log)
     domains = log["domain"].to_numpy(zero_copy_only=False)
     steps = np.unique(iterations)
     edges = np.unique(np.linspace(steps[0], steps[-1] + 1, windows + 1).round())
 
+    rows = domain_values(log)
     figure = Figure(figsize=(10, 4.2), dpi=100, layout="constrained")
     summed, single = figure.subplots(1, 2)
-    for place, row in enumerate(domain_values(log)):
+    for place, row in enumerate(rows):
         own = domains == row.domain
         is_val = row.domain == val_domain
         look = {
@@ -149,14 +150,18 @@ def draw_values(log: pa.Table, val_domain: str, *, windows: int = 15) -> bytes:
         middles, means, errors = _windowed(iterations[own], values[own] * 1e6, edges)
         single.plot(middles, means, marker=".", **look)
         single.fill_between(middles, means - errors, means + errors, color=look["color"], alpha=0.15, linewidth=0)
+    # Values shrink by orders of magnitude as the model learns, and they change sign.
+    single.set_yscale("symlog", linthresh=max(abs(single.dataLim.y0), abs(single.dataLim.y1), 1e-9) / 100)
     summed.set(xlabel="training step", ylabel="summed value [nats]", title="Value of a domain, summed up to each step")
     single.set(
-        xlabel="training step", ylabel="mean value [10⁻⁶ nats]", title="Value of one sample, ± 2 standard errors"
+        xlabel="training step",
+        ylabel="mean value [10⁻⁶ nats], log scale",
+        title="Value of one sample, ± 2 standard errors",
     )
     for axes in (summed, single):
         axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(5, len(rows)), frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

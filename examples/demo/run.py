@@ -173,8 +173,8 @@ def describe_cost(timing: dict[str, Any], config: dict[str, Any]) -> list[str]:
         f"A step with dot products took {took['ghost_step_seconds']:.3f} s, a plain training step on the same batch "
         f"{took['plain_step_seconds']:.3f} s: {took['ratio']:.2f} times (medians of {took['steps']} steps each, "
         f"interleaved in this run; {timing['threads']} threads on {timing['device']}).",
-        f"The {val_samples} validation samples beside {train_samples} training samples make up "
-        f"{1 + val_samples / train_samples:.2f} of that: a plain step on the concatenated batch would cost as much.",
+        f"The arithmetic of {val_samples} validation samples beside {train_samples} training samples alone makes it "
+        f"{1 + val_samples / train_samples:.2f} times.",
     ]
 
 
