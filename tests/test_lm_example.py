@@ -21,7 +21,7 @@ from GradDotProd_LM.main import build_parser, main
 from GradDotProd_LM.training_loop import Trainer
 from shared.dataloader import load_corpora
 from shared.model_setup import ARCHITECTURES, DataVocabulary, build_model, model_config
-from shared.training_utils import build_optimizer, evaluate, learning_rate_at
+from shared.training_utils import Evaluations, build_optimizer, evaluate, learning_rate_at
 from shared.utils import Stopped, StopRequest, pick_device, stop_request
 
 TRAIN_SH = Path(config_file.__file__).with_name("train.sh")
@@ -425,6 +425,19 @@ def test_learning_rate_warms_up_and_decays_to_a_tenth():
     assert rates[12] == pytest.approx(0.55) and rates[20] == pytest.approx(0.1)
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert learning_rate_at(0, peak=1.0, warmup_steps=0, max_steps=1) == 1.0
+
+
+def test_evaluations_lose_a_line_cut_short_and_those_of_a_future_that_is_redone(tmp_path):
+    path = tmp_path / "evaluations.csv"
+    losses = {"train_loss": 0.1, "val_loss": 0.2, "test_loss": 1 / 3}
+    written = Evaluations(path, resume_at=0)
+    for iteration in (5, 10, 15):
+        written.append(iteration, losses)
+    path.write_text(path.read_text() + "20,0.1,0.")
+    assert Evaluations(path, resume_at=None).iterations == {5, 10, 15}
+    assert Evaluations(path, resume_at=10).iterations == {5, 10}
+    line = "0.1,0.2,0.3333333333333333"
+    assert path.read_text() == f"iteration,train_loss,val_loss,test_loss\n5,{line}\n10,{line}\n"
 
 
 def test_evaluation_stops_where_asked_and_gives_the_mode_back(data, tiny):

@@ -27,7 +27,6 @@ from shared.utils import DTYPES, pick_device, seed_everything, write_whole
 
 # What may change between two starts of one run: where it runs and how often it saves, not what it computes.
 NOT_IN_THE_NUMBERS = (
-    "data_dir",
     "results_dir",
     "device",
     "dot_prod_save_interval",
