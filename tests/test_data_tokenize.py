@@ -385,7 +385,7 @@ def test_a_file_that_ends_between_two_lines_of_an_open_frame(tmp_path, tokenizer
     frame = zstandard.ZstdCompressor().compressobj()
     data = frame.compress(json_lines(documents(20))) + frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
     (tmp_path / "in.jsonl.zst").write_bytes(data)
-    with pytest.raises(ValueError, match="damaged after line 20 .it ends within a frame"):
+    with pytest.raises(ValueError, match=r"damaged after line 20 .it ends within a frame"):
         run(tmp_path / "in.jsonl.zst", tmp_path / "out", tokenizer)
 
 
