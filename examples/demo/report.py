@@ -134,7 +134,7 @@ def draw_values(log: pa.Table, val_domain: str, *, windows: int = 15) -> bytes:
     edges = np.unique(np.linspace(steps[0], steps[-1] + 1, windows + 1).round())
 
     rows = domain_values(log)
-    figure = Figure(figsize=(10, 4.2), dpi=100, layout="constrained")
+    figure = Figure(figsize=(9, 3.9), dpi=100, layout="constrained")
     summed, single = figure.subplots(1, 2)
     for place, row in enumerate(rows):
         own = domains == row.domain
@@ -152,7 +152,7 @@ def draw_values(log: pa.Table, val_domain: str, *, windows: int = 15) -> bytes:
         single.fill_between(middles, means - errors, means + errors, color=look["color"], alpha=0.15, linewidth=0)
     # Values shrink by orders of magnitude as the model learns, and they change sign.
     single.set_yscale("symlog", linthresh=max(abs(single.dataLim.y0), abs(single.dataLim.y1), 1e-9) / 100)
-    summed.set(xlabel="training step", ylabel="summed value [nats]", title="Value of a domain, summed up to each step")
+    summed.set(xlabel="training step", ylabel="summed value [nats]", title="Value of a domain, summed up")
     single.set(
         xlabel="training step",
         ylabel="mean value [10⁻⁶ nats], log scale",
@@ -163,7 +163,7 @@ def draw_values(log: pa.Table, val_domain: str, *, windows: int = 15) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=min(5, len(rows)), frameon=False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png", pil_kwargs={"optimize": True})
     return buffer.getvalue()
 
 
