@@ -1,6 +1,7 @@
 """ghostfunc: what single training samples do to a model, exactly, in one backward pass."""
 
-from ghostfunc._errors import InteractingSamples, UnsupportedUse
+from ghostfunc._errors import InteractingSamples, UnsupportedUse, VerificationError
+from ghostfunc._explain import explain
 from ghostfunc._factors import Dense, Gather, Outer
 from ghostfunc._functionalize import functionalize
 from ghostfunc._losses import causal_lm_loss, classification_loss
@@ -12,20 +13,31 @@ from ghostfunc._transforms import (
     ghost_grad_dot,
     value_and_grad_dot,
 )
+from ghostfunc._verify import verify
+from ghostfunc.dotlog import DotLog, read_dot_log
+from ghostfunc.engine import EngineOutput, GhostEngineManager, GradDotProdEngine
 
 __all__ = [
     "Dense",
+    "DotLog",
+    "EngineOutput",
     "Gather",
+    "GhostEngineManager",
+    "GradDotProdEngine",
     "InteractingSamples",
     "Outer",
     "UnsupportedUse",
     "ValueAndGradDot",
+    "VerificationError",
     "causal_lm_loss",
     "classification_loss",
+    "explain",
     "functionalize",
     "ghost_factors",
     "ghost_grad_along",
     "ghost_grad_dot",
     "per_sample_grad",
+    "read_dot_log",
     "value_and_grad_dot",
+    "verify",
 ]

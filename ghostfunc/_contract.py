@@ -13,6 +13,7 @@ cost one pass over cached data. Every function here accumulates in the dtype tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,6 +108,12 @@ def orders(n: int, positions: int, p: int, q: int, k: int, val_rows: int, *, giv
     return found
 
 
+def best_order(n: int, positions: int, p: int, q: int, k: int, val_rows: int, *, given: bool, want_grad: bool) -> Order:
+    """The cheapest of `orders`, which takes the same arguments."""
+    found = orders(n, positions, p, q, k, val_rows, given=given, want_grad=want_grad)
+    return min(found, key=lambda order: order.cost)
+
+
 def contract_outer(factor: Outer, directions: Directions, *, want_grad: bool) -> tuple[Tensor, Tensor | None]:
     """Dot products of every sample with every direction, and the sum of the samples' gradients.
 
@@ -121,10 +128,9 @@ def contract_outer(factor: Outer, directions: Directions, *, want_grad: bool) ->
     left, right = factor.left, factor.right  # [n, R, p], [n, R, q]
     n, positions, p = left.shape
     given = isinstance(directions, Given)
-    val_rows = 0 if given else directions.left.shape[0] * directions.left.shape[1]
-    best = min(
-        orders(n, positions, p, right.shape[2], directions.count, val_rows, given=given, want_grad=want_grad),
-        key=lambda order: order.cost,
+    val_rows = 0 if isinstance(directions, Given) else directions.left.shape[0] * directions.left.shape[1]
+    best = best_order(
+        n, positions, p, right.shape[2], directions.count, val_rows, given=given, want_grad=want_grad
     )
     if best.name == "tile stream":
         return _tile_stream(left, right, directions, want_grad)
@@ -181,9 +187,9 @@ def along(factor: Factor, directions: Tensor) -> Tensor:
     if isinstance(factor, Gather):
         return torch.stack([(direction[factor.ids] * factor.g).sum((1, 2)) for direction in directions], 1)
     if isinstance(factor, Dense):
-        return factor.grad.flatten(1) @ directions.flatten(1).t()
+        return factor.grad.reshape(len(factor.grad), -1) @ directions.reshape(len(directions), -1).t()
     rows = slice(factor.start, factor.start + len(factor.grad))
-    return torch.stack([(factor.axis.split(d)[rows] * factor.grad).flatten(1).sum(1) for d in directions], 1)
+    return torch.stack([(factor.axis.split(d)[rows] * factor.grad).reshape(len(factor.grad), -1).sum(1) for d in directions], 1)
 
 
 def pair(train: Factor, val: Factor) -> Tensor:
@@ -250,7 +256,7 @@ def right_gram(train: Outer | Gather, val: Outer | Gather) -> Tensor:
     return right[0].flatten(0, 1) @ right[1].flatten(0, 1).t()
 
 
-def total(factor: Factor, shape: torch.Size) -> Tensor:
+def total(factor: Factor, shape: Sequence[int]) -> Tensor:
     """The sum of the samples' gradients, `[*shape]`."""
     if isinstance(factor, Outer):
         return (factor.left.flatten(0, 1).t() @ factor.right.flatten(0, 1)).view(shape)

@@ -17,3 +17,7 @@ class UnsupportedUse(RuntimeError):  # noqa: N818 - the name is the public contr
 
 class InteractingSamples(ValueError):  # noqa: N818 - reads as the reason, like UnsupportedUse
     """The loss of one sample depends on another sample of the batch, so that it has no gradient of its own."""
+
+
+class VerificationError(AssertionError):
+    """`verify` found a quantity that differs from the oracle's."""

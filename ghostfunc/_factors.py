@@ -10,7 +10,8 @@ The gradient of sample b is the sum over uses of
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class Outer:
         """`[B, R, q]` of a weight stored `[p, q]`."""
         return self.g if self.transposed else self.a
 
-    def dense(self, shape: torch.Size) -> Tensor:
+    def dense(self, shape: Sequence[int]) -> Tensor:
         """The per-sample gradients `[B, *shape]`."""
         return torch.bmm(self.left.transpose(1, 2), self.right).view(-1, *shape)
 
@@ -63,7 +64,7 @@ class Gather:
     ids: Tensor
     g: Tensor
 
-    def dense(self, shape: torch.Size) -> Tensor:
+    def dense(self, shape: Sequence[int]) -> Tensor:
         """The per-sample gradients `[B, *shape]`."""
         grads = self.g.new_zeros(len(self.g), *shape)
         return grads.scatter_add_(1, self.ids.unsqueeze(-1).expand_as(self.g), self.g)
@@ -83,7 +84,7 @@ class Dense:
 
     grad: Tensor
 
-    def dense(self, shape: torch.Size) -> Tensor:
+    def dense(self, shape: Sequence[int]) -> Tensor:
         """The per-sample gradients `[B, *shape]`."""
         return self.grad.view(-1, *shape)
 
@@ -106,7 +107,7 @@ class Own:
     axis: SampleAxis
     start: int = 0
 
-    def dense(self, shape: torch.Size) -> Tensor:
+    def dense(self, shape: Sequence[int]) -> Tensor:
         """The per-sample gradients `[B, *shape]`."""
         grads = self.grad.new_zeros(len(self.grad), *shape)
         for row, grad in enumerate(self.grad):
@@ -119,3 +120,10 @@ class Own:
 
 
 Factor = Outer | Gather | Dense | Own
+
+
+def detached(factor: Factor) -> Factor:
+    """The factor without the graphs of its tensors."""
+    return replace(
+        factor, **{f.name: v.detach() for f in fields(factor) if isinstance(v := getattr(factor, f.name), Tensor)}
+    )

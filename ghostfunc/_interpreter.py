@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from ghostfunc._errors import UnsupportedUse
 from ghostfunc._contract import total
-from ghostfunc._factors import Dense, Factor, Outer, Own
+from ghostfunc._factors import Dense, Factor, Own, detached
 from ghostfunc._sample_axis import (
     Lost,
     Partition,
@@ -145,7 +145,7 @@ class Site:
     width: int = 1
     own_axis: SampleAxis | None = None
     ids: Tensor | None = None
-    fused_right: Outer | None = None
+    fused_right: Tensor | None = None
 
     @property
     def label(self) -> str:
@@ -204,15 +204,15 @@ class Site:
 
     def factor(self, cotangents: Mapping[str, Tensor | None], samples: Partition) -> Factor | None:
         """The factor out of the taps' cotangents; None where the losses do not depend on this use."""
-        if cotangents.get("grad") is not None:
-            return Dense(cotangents["grad"])  # type: ignore[arg-type]
-        if cotangents.get("own") is not None:
+        dense, own, grad = (cotangents.get(name) for name in ("grad", "own", "g"))
+        if dense is not None:
+            return Dense(dense)
+        if own is not None:
             assert self.own_axis is not None
-            return Own(self.own_axis.split(cotangents["own"]), self.own_axis)  # type: ignore[arg-type]
-        grad = cotangents.get("g")
+            return Own(self.own_axis.split(own), self.own_axis)
         if grad is None or self.make is None:
             return None
-        return self.make(grad.to(self.dtype), samples)
+        return detached(self.make(grad.to(self.dtype), samples))
 
 
 def zero_tap(like: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:

@@ -98,7 +98,7 @@ def _linear(mode: Interpreter, func: Callable, input: Tensor, weight: Tensor, bi
 
 
 def _addmm(
-    mode: Interpreter, func: Callable, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+    mode: Interpreter, func: Callable, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: int | float = 1, alpha: int | float = 1
 ) -> Any:
     if beta != 1 or alpha != 1 or input.dim() != 1 or is_in_place(func):
         return NO_RULE
@@ -198,8 +198,8 @@ def _embedding(
     input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
+    max_norm: int | float | None = None,
+    norm_type: int | float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:

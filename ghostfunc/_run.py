@@ -40,6 +40,7 @@ class Want:
         refuse_random: raise `DrewRandomNumbers` where the forward draws random numbers.
         has_aux: whether `model_fn` returns `(losses, aux)`.
         lenient: whether a use without a rule is paid for with a backward pass for each sample.
+        batches: names and sizes of the batches that the samples come from, for messages.
         more_taps: taps for fused contractions of a site.
         plan: gives each site its treatment, once all are known.
     """
@@ -53,6 +54,7 @@ class Want:
     refuse_random: bool = False
     has_aux: bool = False
     lenient: bool = False
+    batches: tuple[tuple[str, int], ...] = ()
     more_taps: Callable[[Site], dict[str, Tensor]] = lambda site: {}
     plan: Callable[[list[Site]], None] = lambda sites: None
 
@@ -135,24 +137,7 @@ def run(model_fn: ModelFn, params: Mapping[str, Tensor], batch: Any, samples: in
         UnsupportedUse: if a parameter's use is not accounted for.
         InteractingSamples: if a sample's loss depends on another sample.
     """
-    mode = Interpreter(
-        params,
-        samples,
-        dropout=want.dropout,
-        refuse_random=want.refuse_random,
-        apply_rule=apply_rule,
-        more_taps=want.more_taps,
-        dtype=want.dtype,
-        lenient=want.lenient,
-    )
-    with torch.enable_grad():
-        with mode:
-            out = model_fn(mode.sentinels, pytree.tree_map_only(Tensor, lambda t: _carrying(t, samples), batch))
-        losses, aux = out if want.has_aux else (out, None)
-    check_losses(losses, samples)
-    losses = mode.real(losses)
-    doubt = _doubt(losses, mode.sites, samples)
-    aux = pytree.tree_map_only(Tensor, lambda t: mode.real(t).detach(), aux)
+    mode, losses, aux, doubt = forward(model_fn, params, batch, samples, want)
     for site in mode.sites:
         site.train = want.train
         site.wants_grad = want.grads
@@ -168,13 +153,36 @@ def run(model_fn: ModelFn, params: Mapping[str, Tensor], batch: Any, samples: in
     return result
 
 
+def forward(
+    model_fn: ModelFn, params: Mapping[str, Tensor], batch: Any, samples: int, want: Want
+) -> tuple[Interpreter, Tensor, Any, str]:
+    """The forward of a run: `(interpreter, losses, aux, why samples must be probed or "")`."""
+    mode = Interpreter(
+        params,
+        samples,
+        dropout=want.dropout,
+        refuse_random=want.refuse_random,
+        apply_rule=apply_rule,
+        more_taps=want.more_taps,
+        dtype=want.dtype,
+        lenient=want.lenient,
+    )
+    with torch.enable_grad(), mode:
+        out = model_fn(mode.sentinels, pytree.tree_map_only(Tensor, lambda t: _carrying(t, samples), batch))
+    losses, aux = out if want.has_aux else (out, None)
+    check_losses(losses, samples, want.batches)
+    doubt = _doubt(losses, mode.sites, samples)
+    aux = pytree.tree_map_only(Tensor, lambda t: mode.real(t).detach(), aux)
+    return mode, mode.real(losses), aux, doubt
+
+
 def _carrying(tensor: Tensor, samples: int) -> Tensor:
     alias = tensor.view_as(tensor)
     set_samples(alias, SampleAxis(0, samples))
     return alias
 
 
-def check_losses(losses: Any, samples: int) -> None:
+def check_losses(losses: Any, samples: int, batches: tuple[tuple[str, int], ...]) -> None:
     """Raise unless the losses are one finite number for each sample."""
     if not isinstance(losses, Tensor):
         hint = " Pass has_aux=True if model_fn returns (losses, aux)." if isinstance(losses, tuple) else ""
@@ -191,11 +199,19 @@ def check_losses(losses: Any, samples: int) -> None:
     if not losses.is_floating_point():
         raise TypeError(f"model_fn returned losses of dtype {losses.dtype}; expected a floating-point dtype.")
     if not bool(torch.isfinite(losses).all()):
-        bad = (~torch.isfinite(losses.detach())).nonzero().flatten().tolist()
-        raise ValueError(
-            f"the losses of samples {bad} are not finite: {losses.detach()[bad].tolist()}. Look at these samples and at the "
-            "learning rate; their gradients would spoil the sum."
-        )
+        raise ValueError(_not_finite(losses.detach(), batches or (("given", samples),)))
+
+
+def _not_finite(losses: Tensor, batches: tuple[tuple[str, int], ...]) -> str:
+    found = []
+    for (what, size), part in zip(batches, losses.split([size for _, size in batches]), strict=True):
+        bad = (~torch.isfinite(part)).nonzero().flatten().tolist()
+        if bad:
+            found.append(f"the losses of samples {bad} of the {what} batch are not finite: {part[bad].tolist()}")
+    return (
+        f"{'; '.join(found)}. Look at these samples, at the learning rate and at the dtype; their gradients would spoil "
+        "every sum that they enter."
+    )
 
 
 def _doubt(losses: Tensor, sites: list[Site], samples: int) -> str:

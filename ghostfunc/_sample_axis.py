@@ -207,7 +207,6 @@ _ALONG = {  # position of `dim` among the arguments, and its default
     "glu": (1, -1),
     "roll": (2, None),
     "unfold": (1, None),
-    "renorm": (2, None),
     "diff": (2, -1),
 }
 _POINTWISE_LOSSES = frozenset(
@@ -609,7 +608,8 @@ def _one_result(name: str, args: Sequence[Any], kwargs: dict[str, Any], tensors:
         axis = samples_of(args[0])
         if not isinstance(axis, SampleAxis):
             return axis
-        dims = _ints([_argument(args, kwargs, position, "dim", "dims", "axis", default=default)])
+        dims = _ints([_argument(args, kwargs, position, "dim", "dims", "axis", "dimension", default=default)])
+        dims = _ints(args[1:]) or dims if name == "flip" else dims
         return _mixed(name) if not dims or axis.dim in {d % args[0].dim() for d in dims} else axis
     if name in ("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "adjoint") or name in (
         "get_T",
@@ -656,8 +656,11 @@ def _one_result(name: str, args: Sequence[Any], kwargs: dict[str, Any], tensors:
         return axis if plain and all(samples_of(t) == axis for t in others) else _unknown(name)
     if name == "pad":
         axis = samples_of(args[0])
-        kept = isinstance(axis, SampleAxis) and out.shape[axis.dim] == axis.size
-        return axis if kept or not isinstance(axis, SampleAxis) else _unknown(name)
+        if not isinstance(axis, SampleAxis):
+            return axis
+        amounts = _ints([_argument(args, kwargs, 1, "pad")])  # (before, after) of the last dimension, then of the one before
+        at = 2 * (args[0].dim() - 1 - axis.dim)
+        return _unknown(name) if any(amounts[at : at + 2]) else axis
     if name in ("cross_entropy", "nll_loss"):
         return _cross_entropy(name, args, kwargs, out)
     if name in _POINTWISE_LOSSES:

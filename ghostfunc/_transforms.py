@@ -128,7 +128,7 @@ def _restoring_randomness(params: Params):
     yield restore
 
 
-def _arranged(columns: dict[str, Tensor], axes: _Axes, scale: float) -> Dots:
+def _arranged(columns: dict[str, Tensor], axes: _Axes, scale: int) -> Dots:
     """Per-parameter products `[n, k]` in the axes that were asked for."""
 
     def shaped(dots: Tensor) -> Tensor:
@@ -143,7 +143,8 @@ def _arranged(columns: dict[str, Tensor], axes: _Axes, scale: float) -> Dots:
 
 
 def _product_columns(products: Products, result: Run, names: frozenset[str]) -> dict[str, Tensor]:
-    return {name: products.products(result, name) for name in result.leaves if name in names}
+    with torch.no_grad():
+        return {name: products.products(result, name) for name in result.leaves if name in names}
 
 
 class _Call(NamedTuple):
@@ -228,7 +229,14 @@ def _joint(
     weights[n:] = val_weight
     products = Joint(call.names, n, m, axes.each_val)
     result = call.contracted(
-        products, join(train, val), n + m, train=n, grads=grads, weights=weights, refuse_random=refuse_random
+        products,
+        join(train, val),
+        n + m,
+        train=n,
+        grads=grads,
+        weights=weights,
+        refuse_random=refuse_random,
+        batches=(("train", n), ("val", m)),
     )
     dots = _arranged(_product_columns(products, result, call.names), axes, n if grads else 1)
     aux = pytree.tree_map_only(Tensor, lambda t: t[:n] if t.dim() and len(t) == n + m else t, result.aux)
@@ -250,16 +258,20 @@ def _two_phase(
     products: Products
     with _restoring_randomness(call.params) as restore:
         if axes.each_val:
-            first = call.run(val, m, train=m, factors=call.names, dropout=False)
+            first = call.run(val, m, train=m, factors=call.names, dropout=False, batches=(("val", m),))
             products = WithSamples(call.names, n, first, m)
         else:
             weights = torch.full((m,), 1.0 / m if reduction == "mean" else 1.0, dtype=torch.float64, device=device)
-            first = call.run(val, m, train=m, grads=True, weights=weights, dropout=False)
+            first = call.run(
+                val, m, train=m, grads=True, weights=weights, dropout=False, batches=(("val", m),)
+            )
             direction = first.grads if precondition is None else precondition(first.grads)
             products = Along(call.names, n, _one_direction(direction, call), 1)
         restore()
     weights = torch.full((n,), 1.0 / n if grads else 1.0, dtype=torch.float64, device=device)
-    result = call.contracted(products, train, n, train=n, grads=grads, weights=weights)
+    result = call.contracted(
+        products, train, n, train=n, grads=grads, weights=weights, batches=(("train", n),)
+    )
     dots = _arranged(_product_columns(products, result, call.names), axes, n if grads else 1)
     return result.losses, first.losses, result.grads, dots, result.aux
 
@@ -508,9 +520,10 @@ def ghost_factors(
     batch = plain(batch)
     samples = batch_size(batch, "given")
     result = call.run(batch, samples, train=samples, factors=call.names)
-    factors: dict[str, list[Factor]] = {
-        name: [base_factor(result, site, result.factors[site], name) for site in result.sites(name)]
-        for name in call.params
-        if name in call.names
-    }
+    with torch.no_grad():
+        factors: dict[str, list[Factor]] = {
+            name: [base_factor(result, site, result.factors[site], name) for site in result.sites(name)]
+            for name in call.params
+            if name in call.names
+        }
     return (result.losses, factors, result.aux) if has_aux else (result.losses, factors)

@@ -1,0 +1,169 @@
+"""`explain`: the plan for a model and a batch, printed: for each parameter its uses, factors, contraction, FLOPs, bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ghostfunc._batch import batch_size, cannot_join, join, plain
+from ghostfunc._contract import best_order
+from ghostfunc._functionalize import ModelFn
+from ghostfunc._interpreter import Site
+from ghostfunc._products import Along, Joint
+from ghostfunc._run import Want, forward
+from ghostfunc._transforms import Params, match_layers
+
+_KINDS = {"outer": "Outer", "gather": "Gather", "dense": "Dense"}
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a parameter in the plan.
+
+    Attributes:
+        op: the operation.
+        factor: "Outer", "Gather" or "Dense".
+        contraction: "tile stream", "direction", "Gram", or what is kept until the end of the backward.
+        flops: products beside those of a plain training step, for the dot products and the directions.
+        bytes: what is kept until the end of the backward.
+        derived: whether the parameter enters through a tensor derived from it.
+    """
+
+    op: str
+    factor: str
+    contraction: str
+    flops: int
+    bytes: int
+    derived: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `explain` found; print it.
+
+    Attributes:
+        samples: train samples.
+        val_samples: validation samples; 0 where the direction is given.
+        schedule: "joint" or "two-phase".
+        probe: why a second backward will tell samples apart; empty where they are followed.
+        shapes: the parameters' shapes.
+        uses: the uses by parameter; an empty list for one that the losses do not depend on.
+    """
+
+    samples: int
+    val_samples: int
+    schedule: str
+    probe: str
+    shapes: dict[str, tuple[int, ...]]
+    uses: dict[str, list[Use]]
+
+    @property
+    def flops(self) -> int:
+        """Products beside those of a plain training step on the train samples (without the val forward and backward)."""
+        return sum(use.flops for uses in self.uses.values() for use in uses)
+
+    def __str__(self) -> str:
+        rows = [("parameter", "shape", "use", "factor", "contraction", "MFLOP", "MB kept")]
+        for name, uses in self.uses.items():
+            shape = "x".join(map(str, self.shapes[name])) or "scalar"
+            if not uses:
+                rows.append((name, shape, "unused", "", "gradient is zero", "", ""))
+            for use in uses:
+                op = f"{use.op} (derived)" if use.derived else use.op
+                rows.append(
+                    (name, shape, op, use.factor, use.contraction, f"{use.flops / 1e6:.3g}", f"{use.bytes / 2**20:.3g}")
+                )
+        widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        head = f"{self.samples} train and {self.val_samples} val samples, {self.schedule}"
+        if not self.val_samples:
+            head = f"{self.samples} samples along a given direction"
+        if self.probe:
+            lines.append(f"a second backward tells samples apart: {self.probe}")
+        return "\n".join([head, *lines, f"beside a plain step on the train samples: {self.flops / 1e9:.4g} GFLOP of products"])
+
+
+def explain(
+    model_fn: ModelFn,
+    params: Params,
+    batch: Any,
+    val: Any = None,
+    *,
+    layers: str | Callable[[str], bool] = "",
+    on_unsupported: str = "raise",
+) -> Plan:
+    """The plan for a model and a batch, from one forward.
+
+    Args:
+        model_fn: `model_fn(params, batch) -> losses[B]`.
+        params: parameters by name.
+        batch: the train batch.
+        val: a validation batch, for the plan of `value_and_grad_dot`; without it, that of `ghost_grad_along`.
+        layers: as in `ghost_grad_dot`.
+        on_unsupported: as in `ghost_grad_dot`.
+
+    Returns:
+        A plan that prints as a table: for each use of each parameter its operation, factor, contraction, the FLOPs beside
+        a plain training step, and the memory kept until the backward ends.
+
+    Raises:
+        UnsupportedUse: as in `ghost_grad_dot`.
+        InteractingSamples: as in `ghost_grad_dot`.
+
+    Example:
+        >>> import torch, ghostfunc as gf
+        >>> model_fn, params = gf.functionalize(torch.nn.Linear(4, 3), gf.classification_loss)
+        >>> batch = (torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+        >>> [use.contraction for use in gf.explain(model_fn, params, batch, batch).uses["weight"]]
+        ['Gram']
+    """
+    params = dict(params)
+    batch, val = plain(batch), plain(val)
+    n = batch_size(batch, "train")
+    m = 0 if val is None else batch_size(val, "val")
+    names = match_layers(layers, list(params))
+    joint = m > 0 and m <= n and not cannot_join(batch, val)
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in params.values()) else torch.float32
+    products = Joint(names, n, m, each=False) if joint else Along(names, n, {}, 1)
+    samples = n + m if joint else n
+    want = Want(
+        train=n, dtype=dtype, grads=m > 0, factors=names, more_taps=products.more_taps, plan=products.plan,
+        lenient=on_unsupported == "dense",
+    )  # fmt: skip
+    mode, _, _, probe = forward(model_fn, params, join(batch, val) if joint else batch, samples, want)
+    if not probe:
+        products.plan([site for site in mode.sites if names.intersection(site.tracked.names)])
+    uses = {
+        name: [
+            _use(site, n, samples, m, joint, probe)
+            for site in mode.sites
+            if name in site.tracked.names
+        ]
+        for name in params
+        if name in names
+    }  # fmt: skip
+    shapes = {name: tuple(p.shape) for name, p in params.items()}
+    return Plan(n, m, "joint" if joint else "two-phase", probe, shapes, uses)
+
+
+def _use(site: Site, n: int, samples: int, m: int, joint: bool, probe: str) -> Use:
+    shape = site.tracked.real.shape
+    size = torch.finfo(site.dtype).bits // 8
+    derived = site.tracked.derivation is not None
+    if site.kind == "dense":
+        kept = samples * shape.numel() * size
+        return Use(site.op, "Dense", "per-sample gradients kept", 0, kept, derived)
+    width_in = shape.numel() // site.width if site.kind == "outer" else 0
+    kept = samples * site.positions * (site.width + width_in) * size
+    if site.kind == "gather":
+        return Use(site.op, "Gather", "grad-outputs kept", 0, kept, derived)
+    order = best_order(
+        n, site.positions, *shape, 1, m * site.positions if joint else 0, given=not joint, want_grad=m > 0
+    )
+    plain_step = 2 * n * site.positions * shape.numel() if m else 0
+    if site.treatment == "fused" and not probe:
+        return Use(site.op, "Outer", order.name, order.flops - plain_step, 0, derived)
+    return Use(site.op, "Outer", f"factors kept, then {order.name}", order.flops, kept, derived)
