@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -289,6 +290,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON file that gains these sizes")
     parser.add_argument("--peak-of", choices=list(METHODS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", message="There is a performance drop")  # vmap over fused attention: exact, slower
     torch.set_num_threads(arguments.threads)
     if arguments.peak_of:
         print_peak(arguments.size[0], arguments.peak_of, torch.device(arguments.device))
