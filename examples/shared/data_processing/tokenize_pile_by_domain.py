@@ -362,14 +362,14 @@ def default_output_dir() -> Path:
         ValueError: if neither names one.
     """
     if folder := os.environ.get("PILE_DATA_DIR"):
-        return Path(folder)
+        return Path(folder).expanduser()
     config_file = EXAMPLES / "GradDotProd_LM" / "config_file.py"
     if config_file.exists():
         spec = importlib.util.spec_from_file_location("graddotprod_config", config_file)
         if spec is not None and spec.loader is not None:
             config = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(config)
-            return Path(config.PILE_DATA_DIR)
+            return Path(config.PILE_DATA_DIR).expanduser()
     raise ValueError(f"where to? Name --output_dir, or set PILE_DATA_DIR in the environment or in {config_file}")
 
 
