@@ -31,10 +31,14 @@ def batch_size(batch: Any, what: str) -> int:
     leaves = [(pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(batch)[0]]
     tensors = {path or "tensor": leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
     if not tensors:
-        raise ValueError(f"the {what} batch holds no tensor; expected a pytree of tensors [B, ...], got {type(batch).__name__}.")
+        raise ValueError(
+            f"the {what} batch holds no tensor; expected a pytree of tensors [B, ...], got {type(batch).__name__}."
+        )
     shapes = ", ".join(f"{path}: {tuple(t.shape)}" for path, t in tensors.items())
     if any(t.dim() == 0 for t in tensors.values()):
-        raise ValueError(f"the {what} batch holds a tensor without a first dimension ({shapes}); every tensor needs [B, ...].")
+        raise ValueError(
+            f"the {what} batch holds a tensor without a first dimension ({shapes}); every tensor needs [B, ...]."
+        )
     sizes = {len(t) for t in tensors.values()}
     if len(sizes) != 1:
         raise ValueError(f"the tensors of the {what} batch disagree on the number of samples ({shapes}).")

@@ -80,7 +80,9 @@ class Order:
         return self.flops + _MEMORY_BOUND * self.passes
 
 
-def orders(n: int, positions: int, p: int, q: int, k: int, val_rows: int, *, given: bool, want_grad: bool) -> list[Order]:
+def orders(
+    n: int, positions: int, p: int, q: int, k: int, val_rows: int, *, given: bool, want_grad: bool
+) -> list[Order]:
     """The orders in which the dot products of n samples with k directions can be had, with their costs.
 
     Args:
@@ -129,9 +131,7 @@ def contract_outer(factor: Outer, directions: Directions, *, want_grad: bool) ->
     n, positions, p = left.shape
     given = isinstance(directions, Given)
     val_rows = 0 if isinstance(directions, Given) else directions.left.shape[0] * directions.left.shape[1]
-    best = best_order(
-        n, positions, p, right.shape[2], directions.count, val_rows, given=given, want_grad=want_grad
-    )
+    best = best_order(n, positions, p, right.shape[2], directions.count, val_rows, given=given, want_grad=want_grad)
     if best.name == "tile stream":
         return _tile_stream(left, right, directions, want_grad)
     grad = left.flatten(0, 1).t() @ right.flatten(0, 1) if want_grad else None  # [p, q]
@@ -189,7 +189,9 @@ def along(factor: Factor, directions: Tensor) -> Tensor:
     if isinstance(factor, Dense):
         return factor.grad.reshape(len(factor.grad), -1) @ directions.reshape(len(directions), -1).t()
     rows = slice(factor.start, factor.start + len(factor.grad))
-    return torch.stack([(factor.axis.split(d)[rows] * factor.grad).reshape(len(factor.grad), -1).sum(1) for d in directions], 1)
+    return torch.stack(
+        [(factor.axis.split(d)[rows] * factor.grad).reshape(len(factor.grad), -1).sum(1) for d in directions], 1
+    )
 
 
 def pair(train: Factor, val: Factor) -> Tensor:
@@ -234,7 +236,7 @@ def _along_table(train: Outer | Gather, val: Gather) -> Tensor:
     if isinstance(train, Outer):
         columns = train.left[:, :, known]  # [n, R, U]
         return (columns * (train.right @ table.t())).sum((1, 2)).unsqueeze(1)
-    index = torch.searchsorted(known, train.ids).clamp(max=len(known) - 1)  # [n, R]
+    index = torch.searchsorted(known, train.ids.contiguous()).clamp(max=len(known) - 1)  # [n, R]
     hit = (known[index] == train.ids).unsqueeze(-1)
     return (table[index] * train.g * hit).sum((1, 2)).unsqueeze(1)
 

@@ -83,7 +83,9 @@ class Plan:
             head = f"{self.samples} samples along a given direction"
         if self.probe:
             lines.append(f"a second backward tells samples apart: {self.probe}")
-        return "\n".join([head, *lines, f"beside a plain step on the train samples: {self.flops / 1e9:.4g} GFLOP of products"])
+        return "\n".join(
+            [head, *lines, f"beside a plain step on the train samples: {self.flops / 1e9:.4g} GFLOP of products"]
+        )
 
 
 def explain(

@@ -29,6 +29,7 @@ from ghostfunc._sample_axis import (
     Partition,
     SampleAxis,
     follow,
+    is_in_place,
     op_name,
     samples_of,
     set_samples,
@@ -46,18 +47,63 @@ _RANDOM = frozenset(
 )
 
 
+_LIKE_ANOTHER = frozenset("to type_as expand_as view_as reshape_as".split())  # their second argument gives no data
+_WRITES = frozenset("add iadd sub isub mul imul div itruediv".split())  # in-place operations that have a rule
+
 MakeFactor = Callable[[Tensor, Partition], Factor]
+
+
+@dataclass(frozen=True, eq=False)
+class RandomState:
+    """The states of the random number generators that operations on a device draw from."""
+
+    device: torch.device
+    cpu: Tensor
+    accelerator: Tensor | None
+
+    @staticmethod
+    def of(device: torch.device) -> RandomState:
+        """The states now."""
+        accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+        return RandomState(device, torch.get_rng_state(), accelerator)
+
+    def restore(self) -> None:
+        """Put the generators back to these states."""
+        torch.set_rng_state(self.cpu)
+        if self.accelerator is not None:
+            torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
 
 
 @dataclass(eq=False)
 class Derivation:
-    """How a tensor came from tracked ones: result `index` of `func(*args, **kwargs)`, with `Tracked` in the arguments."""
+    """How a tensor came from tracked ones: result `index` of `func(*args, **kwargs)`, with `Tracked` in the arguments.
+
+    Attributes:
+        func: the operation.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        index: which of its results.
+        out_of: of how many; 0 where it returns one tensor.
+        randomness: the generators' states before it, where it drew random numbers.
+    """
 
     func: Callable
     args: Any
     kwargs: Any
     index: int
     out_of: int
+    randomness: RandomState | None = None
+
+    def again(self, args: Any, kwargs: Any) -> Any:
+        """The operation on other arguments, with the same random numbers."""
+        if self.randomness is None:
+            return self.func(*args, **kwargs)
+        now = RandomState.of(self.randomness.device)
+        try:
+            self.randomness.restore()
+            return self.func(*args, **kwargs)
+        finally:
+            now.restore()
 
 
 @dataclass(eq=False)
@@ -88,7 +134,7 @@ class Tracked:
         args, kwargs = pytree.tree_map(
             lambda leaf: leaf.replay(values) if isinstance(leaf, Tracked) else leaf, (how.args, how.kwargs)
         )
-        out = how.func(*args, **kwargs)
+        out = how.again(args, kwargs)
         return out if how.out_of == 0 else tensors_in([out])[how.index]
 
     def transposed_base(self) -> Tracked | None:
@@ -98,7 +144,8 @@ class Tracked:
             return None
         name = op_name(how.func)
         swaps = name in ("t", "get_T", "get_mT") or (
-            name in ("transpose", "swapaxes", "permute") and self.real.shape == how.args[0].real.shape[::-1]
+            name in ("transpose", "swapaxes", "permute")
+            and self.real.shape == how.args[0].real.shape[::-1]
             and self.real.stride() == how.args[0].real.stride()[::-1]
             and sorted(d % 2 for d in how.args[1:] if isinstance(d, int)) == [0, 1]
             and (name != "permute" or how.args[1:] == (1, 0))
@@ -157,6 +204,10 @@ class Site:
         assert self.ids is not None and isinstance(self.axis, SampleAxis)
         return self.axis.rows(self.ids.unsqueeze(-1)).squeeze(-1)
 
+    def cast(self, grad: Tensor) -> Tensor:
+        """A grad-output in the dtype of contractions."""
+        return grad if self.dtype.is_complex or grad.is_complex() else grad.to(self.dtype)
+
     def resolve(
         self, grad: Tensor, make: MakeFactor, plain: Callable[[], Tensor] | None = None
     ) -> tuple[Tensor | None, ...]:
@@ -175,14 +226,19 @@ class Site:
         if self.treatment == "raw":
             self.make = make
             values["g"] = grad
-        elif self.treatment == "grad" and plain is not None and isinstance(self.axis, SampleAxis) and self.train == self.axis.samples:
+        elif (
+            self.treatment == "grad"
+            and plain is not None
+            and isinstance(self.axis, SampleAxis)
+            and self.train == self.axis.samples
+        ):
             gradient = plain()
         elif self.treatment != "off":
             if not isinstance(self.axis, SampleAxis):
                 raise UnsupportedUse(
                     f"{self.label}: the samples of the result of `{self.op}` are not known.", self.tracked.names
                 )
-            factor = make(grad.to(self.dtype), self.axis)
+            factor = make(self.cast(grad), self.axis)
             if self.treatment == "fused":
                 assert self.contract is not None
                 gradient, values = self.contract(factor)
@@ -212,7 +268,7 @@ class Site:
             return Own(self.own_axis.split(own), self.own_axis)
         if grad is None or self.make is None:
             return None
-        return detached(self.make(grad.to(self.dtype), samples))
+        return detached(self.make(self.cast(grad), samples))
 
 
 def zero_tap(like: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
@@ -235,7 +291,7 @@ class Interpreter(TorchFunctionMode):
         dropout: bool = True,
         refuse_random: bool = False,
         apply_rule: Callable[..., Any],
-        more_taps: Callable[[Site], dict[str, Tensor]],
+        more_taps: Callable[[Site], dict[str, Tensor]] = lambda site: {},
         dtype: torch.dtype,
         lenient: bool = False,
     ) -> None:
@@ -246,6 +302,7 @@ class Interpreter(TorchFunctionMode):
         self.dtype = dtype
         self.lenient = lenient
         self.sites: list[Site] = []
+        self.level = torch._C._functorch.maybe_current_level()
         self.dropout = dropout
         self.refuse_random = refuse_random
         self.tracked: list[Tracked] = []
@@ -273,14 +330,15 @@ class Interpreter(TorchFunctionMode):
         """A site for a use of a tracked tensor with taps for its result, of which `out` shows the shape and dtype."""
         if tracked is None:
             return None
-        site = Site(tracked, op, kind, dtype=self.dtype)
+        dtype = torch.promote_types(self.dtype, tracked.real.dtype) if tracked.real.is_complex() else self.dtype
+        site = Site(tracked, op, kind, dtype=dtype)
         site.width = out.shape[-1] if out.dim() else 1
         site.positions = out.numel() // max(1, site.width * self.samples)
         site.taps["g"] = zero_tap(out, out.shape, out.dtype)
         shape = tracked.real.shape
         if kind == "dense":
-            site.taps["grad"] = zero_tap(out, (self.samples, *shape), self.dtype)
-            site.taps["own"] = zero_tap(out, shape, self.dtype)
+            site.taps["grad"] = zero_tap(out, (self.samples, *shape), dtype)
+            site.taps["own"] = zero_tap(out, shape, dtype)
         site.taps |= self.more_taps(site)
         tracked.sites.append(site)
         self.sites.append(site)
@@ -311,11 +369,16 @@ class Interpreter(TorchFunctionMode):
             args, kwargs = self._randomness(name, args, kwargs)
         tensors = tensors_in(args) + tensors_in(kwargs.values())
         tracked = [t for t in map(self.find, tensors) if t is not None]
+        if tracked and self._must_not_see(func, kwargs):
+            return func(*args, **kwargs)  # on the sentinels: the backward will find them
         if not tracked or not torch.is_grad_enabled():
             out = func(*args, **kwargs)
             follow(func, args, kwargs, out, self.samples)
             self._doubt_foreign(tensors, out)
             return out
+        if name in _LIKE_ANOTHER and self.find(args[0]) is not None:
+            args = (args[0], *(a.detach() if isinstance(a, Tensor) else a for a in args[1:]))
+            return self._derive(func, args, kwargs, tracked)
         if all(samples_of(t) is None for t in tensors) and not self._foreign(tensors):
             return self._derive(func, args, kwargs, tracked)
         before = len(self.sites)
@@ -327,14 +390,25 @@ class Interpreter(TorchFunctionMode):
                 site.axis = samples_of(next(iter(tensors_in([out]))))
         return out
 
+    def _must_not_see(self, func: Callable, kwargs: Mapping[str, Any]) -> bool:
+        """Uses that no rule can run: inside a functorch transform of the model's own, or writing parameters somewhere."""
+        inside = torch._C._functorch.maybe_current_level() != self.level
+        name = op_name(func)
+        writes = name == "setitem" or kwargs.get("out") is not None or (is_in_place(func) and name not in _WRITES)
+        return inside or (writes and torch.is_grad_enabled())
+
     # -- parameters without data
 
     def _derive(self, func: Callable, args: Any, kwargs: Any, tracked: list[Tracked]) -> Any:
         real_args, real_kwargs = pytree.tree_map(self.real, (args, kwargs))
+        random = op_name(func) in _DROPOUTS | _RANDOM
+        randomness = RandomState.of(tracked[0].real.device) if random else None
         out = func(*real_args, **real_kwargs)
         results = tensors_in([out])
         if not any(r.requires_grad for r in results):
             return out
+        if len(pytree.tree_leaves(out)) < len(results):  # results in a container that cannot be opened
+            return func(*args, **kwargs)
         recipe_args, recipe_kwargs = pytree.tree_map(
             lambda leaf: self.find(leaf) or (leaf.detach() if isinstance(leaf, Tensor) else leaf), (args, kwargs)
         )
@@ -352,7 +426,7 @@ class Interpreter(TorchFunctionMode):
                     and op_name(func) in _ISOMETRIES
                     and result.numel() == tracked[0].real.numel()
                 )
-                how = Derivation(func, recipe_args, recipe_kwargs, index, 0 if single else len(results))
+                how = Derivation(func, recipe_args, recipe_kwargs, index, 0 if single else len(results), randomness)
                 replacements[id(result)] = self._track(Tracked(names, _leaf(result), result, how, isometric)).sentinel
         return pytree.tree_map(lambda leaf: replacements.get(id(leaf), leaf), out)
 
@@ -377,11 +451,17 @@ class Interpreter(TorchFunctionMode):
             p = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
             draws = p > 0.0
             if draws and not self.dropout:
-                return args[:4] + (0.0,) * (len(args) > 4) + args[5:], {**kwargs, **({} if len(args) > 4 else {"dropout_p": 0.0})}
+                return args[:4] + (0.0,) * (len(args) > 4) + args[5:], {
+                    **kwargs,
+                    **({} if len(args) > 4 else {"dropout_p": 0.0}),
+                }
         else:
             draws = _training(args, kwargs, 2) and kwargs.get("p", args[1] if len(args) > 1 else 0.5) > 0
             if draws and not self.dropout:
-                return args[:2] + (False,) * (len(args) > 2) + args[3:], {**kwargs, **({} if len(args) > 2 else {"training": False})}
+                return args[:2] + (False,) * (len(args) > 2) + args[3:], {
+                    **kwargs,
+                    **({} if len(args) > 2 else {"training": False}),
+                }
         if draws and not (name in _RANDOM and not self.dropout):
             self.random = True
             if self.refuse_random:

@@ -66,7 +66,9 @@ class Joint:
             site.treatment = "fused"
             site.contract = self._contract(site, look_ups)
 
-    def _contract(self, site: Site, look_ups: list[Site]) -> Callable[[Factor], tuple[Tensor | None, dict[str, Tensor]]]:
+    def _contract(
+        self, site: Site, look_ups: list[Site]
+    ) -> Callable[[Factor], tuple[Tensor | None, dict[str, Tensor]]]:
         n = self.train
 
         def contract(factor: Factor) -> tuple[Tensor | None, dict[str, Tensor]]:
@@ -293,4 +295,3 @@ def _zeros(result: Run, name: str, n: int, count: int) -> Tensor:
     sites = result.sites(name)
     dtype = sites[0].dtype if sites else torch.promote_types(leaf.dtype, torch.float32)
     return torch.zeros(n, count, dtype=dtype, device=leaf.device)
-

@@ -77,7 +77,9 @@ class Affine(Function):
 
 
 def _affine(mode: Interpreter, op: str, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    if samples_of(weight) is not None or samples_of(bias) is not None or mode.find(x) is not None or weight.dim() != 2:
+    if samples_of(weight) is not None or samples_of(bias) is not None or mode.find(x) is not None:
+        return NO_RULE  # type: ignore[return-value]
+    if weight.dim() != 2 or weight.is_complex() or x.is_complex():
         return NO_RULE  # type: ignore[return-value]
     cast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
     width = weight.shape[1] if transposed else weight.shape[0]
@@ -98,7 +100,14 @@ def _linear(mode: Interpreter, func: Callable, input: Tensor, weight: Tensor, bi
 
 
 def _addmm(
-    mode: Interpreter, func: Callable, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: int | float = 1, alpha: int | float = 1
+    mode: Interpreter,
+    func: Callable,
+    input: Tensor,
+    mat1: Tensor,
+    mat2: Tensor,
+    *,
+    beta: int | float = 1,
+    alpha: int | float = 1,
 ) -> Any:
     if beta != 1 or alpha != 1 or input.dim() != 1 or is_in_place(func):
         return NO_RULE
@@ -143,7 +152,9 @@ def _einsum(mode: Interpreter, func: Callable, equation: Any, *operands: Any) ->
         or len(summed) + len(kept) != len(of_data)
     ):
         return NO_RULE
-    sizes = {c: n for letters, t in ((of_weight, weight), (of_data, data)) for c, n in zip(letters, t.shape, strict=True)}
+    sizes = {
+        c: n for letters, t in ((of_weight, weight), (of_data, data)) for c, n in zip(letters, t.shape, strict=True)
+    }
     matrix = mode.call(torch.permute, weight, [of_weight.index(c) for c in fresh + summed])
     d_in = _product(sizes[c] for c in summed)
     matrix = mode.call(torch.reshape, matrix, (-1 if fresh else 1, d_in))
@@ -362,8 +373,10 @@ def _broadcast(op: str) -> Rule:
         if not out.is_floating_point() or out.dim() == 0:
             return NO_RULE
         site = mode.site(right, op, "dense", out)
-        result = Broadcast.apply(input, right.real, which, site, *_taps(site))
-        return input.copy_(result) if is_in_place(func) else result  # type: ignore[arg-type]
+        in_place = is_in_place(func)
+        saved = input.clone() if in_place and which in ("mul", "div") else input  # the backward needs it unchanged
+        result = Broadcast.apply(saved, right.real, which, site, *_taps(site))
+        return input.copy_(result) if in_place else result  # type: ignore[arg-type]
 
     return rule
 

@@ -25,6 +25,7 @@ from ghostfunc._rules import apply_rule
 from ghostfunc._sample_axis import Lost, Partition, RowMap, SampleAxis, samples_of, set_samples
 
 _PROBE_TOLERANCE = {torch.float64: 1e-8}
+_ALONE_TOLERANCE = {torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ def run(model_fn: ModelFn, params: Mapping[str, Tensor], batch: Any, samples: in
         want.plan([site for site in mode.sites if site.treatment == "factor"])
     with torch.autocast(losses.device.type, enabled=False):
         result = _backward(mode, losses, want, doubt)
+    if doubt:
+        _check_alone(model_fn, params, batch, samples, want, None if mode.random else losses.detach(), doubt)
     result.aux = aux
     return result
 
@@ -174,6 +177,34 @@ def forward(
     doubt = _doubt(losses, mode.sites, samples)
     aux = pytree.tree_map_only(Tensor, lambda t: mode.real(t).detach(), aux)
     return mode, mode.real(losses), aux, doubt
+
+
+def _check_alone(
+    model_fn: ModelFn,
+    params: Mapping[str, Tensor],
+    batch: Any,
+    samples: int,
+    want: Want,
+    losses: Tensor | None,
+    doubt: str,
+) -> None:
+    """Raise where a sample's loss alone is not its loss in the batch: a probe of gradients cannot see data that mixes."""
+
+    def losses_of(part: Any) -> Tensor:
+        with torch.no_grad(), Interpreter(params, 1, dropout=False, apply_rule=apply_rule, dtype=want.dtype):
+            out = model_fn(dict(params), part)
+        return out[0] if want.has_aux else out
+
+    together = losses_of(batch) if losses is None else losses
+    for sample in range(samples):
+        alone = losses_of(pytree.tree_map_only(Tensor, lambda t, s=sample: t[s : s + 1], batch))
+        error = (alone.reshape(-1)[0] - together[sample]).abs()
+        if not float(error) <= _ALONE_TOLERANCE.get(together.dtype, 1e-4) * (1 + float(together[sample].abs())):
+            raise InteractingSamples(
+                _interaction(
+                    f"{doubt}, and sample {sample} has loss {float(alone):.6g} alone, {float(together[sample]):.6g} here"
+                )
+            )
 
 
 def _carrying(tensor: Tensor, samples: int) -> Tensor:
@@ -207,7 +238,7 @@ def _not_finite(losses: Tensor, batches: tuple[tuple[str, int], ...]) -> str:
     for (what, size), part in zip(batches, losses.split([size for _, size in batches]), strict=True):
         bad = (~torch.isfinite(part)).nonzero().flatten().tolist()
         if bad:
-            found.append(f"the losses of samples {bad} of the {what} batch are not finite: {part[bad].tolist()}")
+            found.append(f"{what} batch: the losses of samples {bad} are not finite: {part[bad].tolist()}")
     return (
         f"{'; '.join(found)}. Look at these samples, at the learning rate and at the dtype; their gradients would spoil "
         "every sum that they enter."
@@ -264,7 +295,7 @@ def _backward(mode: Interpreter, losses: Tensor, want: Want, doubt: str) -> Run:
     result = Run(losses.detach(), None, {}, mode.tracked, {}, {}, leaves)
     partitions: dict[Site, Partition] = {}
     if doubt:
-        partitions = _probe(mode, losses, weights, sites, cotangents, doubt)
+        partitions = _probe(losses, weights, sites, cotangents, doubt, keep=want.lenient)
     for site in sites:
         of_site = cotangents[site]
         if site.treatment == "fused":
@@ -289,6 +320,7 @@ def _backward(mode: Interpreter, losses: Tensor, want: Want, doubt: str) -> Run:
                 _add_gradient(result, site.tracked, total(factor.part(0, want.train), site.tracked.real.shape))
     if uncounted:
         _dense_by_backwards(mode, losses, weights, uncounted, want, result)
+    _pull_complex(result, want.dtype)
     if doubt:  # factors of parameters that only the gradient needed
         result.factors = {s: f for s, f in result.factors.items() if any(n in want.factors for n in s.tracked.names)}
     used = {name for site in (*sites, *result.factors) for name in site.tracked.names}
@@ -329,20 +361,22 @@ def _dense_by_backwards(
         for row, tracked, grad in zip(rows, uncounted, found, strict=True):
             row.append(torch.zeros_like(tracked.sentinel) if grad is None else grad)
     for tracked, row in zip(uncounted, rows, strict=True):
-        factor = Dense(torch.stack(row).to(want.dtype))
+        stacked = torch.stack(row)
+        factor = Dense(stacked if stacked.is_complex() else stacked.to(want.dtype))
         if any(name in want.factors for name in tracked.names):
-            result.factors[Site(tracked, "one backward pass for each sample", "dense")] = factor
+            result.factors[Site(tracked, "one backward pass for each sample", "dense", dtype=want.dtype)] = factor
         if want.grads:
             _add_gradient(result, tracked, factor.grad[: want.train].sum(0))
 
 
 def _probe(
-    mode: Interpreter,
     losses: Tensor,
     weights: Tensor,
     sites: list[Site],
     cotangents: dict[Site, dict[str, Tensor | None]],
     doubt: str,
+    *,
+    keep: bool,
 ) -> dict[Site, Partition]:
     """Find the sample of each row by a second backward with other weights: rows scale with the weight of their sample."""
     samples = len(losses)
@@ -352,15 +386,18 @@ def _probe(
     if not probed:
         return {}
     second = torch.autograd.grad(
-        losses, [s.taps["g"] for s in probed], weights * scale.to(weights), allow_unused=True, retain_graph=mode.lenient
+        losses, [s.taps["g"] for s in probed], weights * scale.to(weights), allow_unused=True, retain_graph=keep
     )
     found: dict[Site, Partition] = {}
     for site, again in zip(probed, second, strict=True):
         first = cotangents[site]["g"]
         assert first is not None and again is not None
+        if first.numel() == 0:
+            found[site] = RowMap(torch.zeros(first.numel(), dtype=torch.long, device=first.device), samples)
+            continue
         if first.dim() == 0:
             raise InteractingSamples(_interaction(f"`{site.op}` of {site.label} gives one number for all samples"))
-        g, h = (t.reshape(-1, t.shape[-1]).double() for t in (first, again))
+        g, h = (_real(t).reshape(-1, _real(t).shape[-1]).double() for t in (first, again))
         square = (g * g).sum(1)
         ratio = (g * h).sum(1) / square.clamp(min=torch.finfo(torch.float64).tiny)
         of_row = (ratio[:, None] - scale).abs().argmin(1)
@@ -368,15 +405,35 @@ def _probe(
         tolerance = _PROBE_TOLERANCE.get(first.dtype, 1e-3) / samples
         if bool((error > (tolerance**2) * square.clamp(min=1e-12 * float(square.max()))).any()):
             raise InteractingSamples(
-                _interaction(f"{doubt}, and a probe of the backward found samples meeting in `{site.op}` of {site.label}")
+                _interaction(
+                    f"{doubt}, and a probe of the backward found samples meeting in `{site.op}` of {site.label}"
+                )
             )
         if isinstance(site.axis, SampleAxis):
             followed = site.axis.of_rows(first)
             if bool(((of_row != followed) & (square > 0)).any()):
-                raise InteractingSamples(_interaction(f"{doubt}, and rows of `{site.op}` of {site.label} change their sample"))
+                raise InteractingSamples(
+                    _interaction(f"{doubt}, and rows of `{site.op}` of {site.label} change their sample")
+                )
             of_row = followed
         found[site] = RowMap(of_row, samples)
     return found
+
+
+def _pull_complex(result: Run, dtype: torch.dtype) -> None:
+    """Factors of complex tensors as factors of the real parameters that these come from."""
+    parameters = {t.names[0]: t for t in result.tracked if t.derivation is None}
+    for site, factor in list(result.factors.items()):
+        if site.tracked.real.is_complex():
+            del result.factors[site]
+            dense = factor.dense(site.tracked.real.shape)
+            for name in site.tracked.names:
+                pulled = Dense(result.pull(site.tracked, name, dense).to(dtype))
+                result.factors[Site(parameters[name], site.op, "dense", dtype=dtype)] = pulled
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor).flatten(-2) if tensor.is_complex() else tensor
 
 
 def base_factor(result: Run, site: Site, factor: Factor, name: str) -> Factor:
@@ -385,4 +442,3 @@ def base_factor(result: Run, site: Site, factor: Factor, name: str) -> Factor:
     if tracked.derivation is None and not isinstance(factor, Own):
         return factor
     return Dense(result.pull(tracked, name, factor.dense(tracked.real.shape)))
-

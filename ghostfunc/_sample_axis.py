@@ -74,7 +74,9 @@ class SampleAxis:
         if any(size != 1 for size in ahead):
             split = split.sum(tuple(range(1 + self.dim, 1 + self.dim + middle))) if middle else split
             split = split.reshape(self.samples, *tensor.shape[: self.dim], *tensor.shape[self.dim + 1 :])
-            narrow = split.sum_to_size(self.samples, *(1,) * (self.dim - len(ahead)), *ahead, *(1,) * (behind - len(kept)), *kept)
+            narrow = split.sum_to_size(
+                self.samples, *(1,) * (self.dim - len(ahead)), *ahead, *(1,) * (behind - len(kept)), *kept
+            )
         else:
             narrow = split.sum_to_size(self.samples, *(1,) * (self.dim + middle + behind - len(kept)), *kept)
         return narrow.reshape(self.samples, *shape)
@@ -610,7 +612,9 @@ def _one_result(name: str, args: Sequence[Any], kwargs: dict[str, Any], tensors:
             return axis
         dims = _ints([_argument(args, kwargs, position, "dim", "dims", "axis", "dimension", default=default)])
         dims = _ints(args[1:]) or dims if name == "flip" else dims
-        return _mixed(name) if not dims or axis.dim in {d % args[0].dim() for d in dims} else axis
+        if dims and axis.dim not in {d % args[0].dim() for d in dims}:
+            return axis
+        return _unknown(name) if name in ("flip", "roll") else _mixed(name)  # these move samples, and mix none
     if name in ("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "adjoint") or name in (
         "get_T",
         "get_mT",
@@ -636,7 +640,9 @@ def _one_result(name: str, args: Sequence[Any], kwargs: dict[str, Any], tensors:
         return _agree(name, (axis, *(_unknown(name) for t in tensors[1:] if samples_of(t) is not None)))
     if name in ("embedding", "one_hot"):
         ids = args[0] if isinstance(args[0], Tensor) and not args[0].is_floating_point() else tensors[-1]
-        return samples_of(ids) if not any(samples_of(t) is not None for t in tensors if t is not ids) else _unknown(name)
+        return (
+            samples_of(ids) if not any(samples_of(t) is not None for t in tensors if t is not ids) else _unknown(name)
+        )
     if name in ("layer_norm", "rms_norm"):
         return _norm_layer(name, args, kwargs)
     if name == "batch_norm":
@@ -658,7 +664,9 @@ def _one_result(name: str, args: Sequence[Any], kwargs: dict[str, Any], tensors:
         axis = samples_of(args[0])
         if not isinstance(axis, SampleAxis):
             return axis
-        amounts = _ints([_argument(args, kwargs, 1, "pad")])  # (before, after) of the last dimension, then of the one before
+        amounts = _ints(
+            [_argument(args, kwargs, 1, "pad")]
+        )  # (before, after) of the last dimension, then of the one before
         at = 2 * (args[0].dim() - 1 - axis.dim)
         return _unknown(name) if any(amounts[at : at + 2]) else axis
     if name in ("cross_entropy", "nll_loss"):
@@ -734,7 +742,7 @@ def follow(func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any
                 found = _one_result(name, args, kwargs, tensors, result)
             except (AssertionError, IndexError, KeyError, StopIteration, TypeError, ValueError):
                 found = _unknown(name)  # an unusual call: the probe decides
-        if is_in_place(func) or "out" in kwargs:
+        if is_in_place(func) or kwargs.get("out") is not None:
             _follow_write(result, found)
         else:
             set_samples(result, found)

@@ -9,8 +9,7 @@ Each is one or two runs (forward and backward under the interpreter) and the con
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,14 +18,12 @@ from torch.utils import _pytree as pytree
 from ghostfunc._batch import batch_size, cannot_join, join, plain
 from ghostfunc._factors import Factor
 from ghostfunc._functionalize import ModelFn
-from ghostfunc._interpreter import DrewRandomNumbers
+from ghostfunc._interpreter import DrewRandomNumbers, RandomState
 from ghostfunc._products import Along, Joint, Products, WithSamples
 from ghostfunc._run import Run, Want, base_factor, run
 
 Params = Mapping[str, Tensor]
 Dots = Tensor | dict[str, Tensor]
-Schedule = Literal["auto", "joint", "two-phase"]
-OnUnsupported = Literal["raise", "dense"]
 
 
 class ValueAndGradDot(NamedTuple):
@@ -113,21 +110,6 @@ def _contraction_dtype(params: Params, dtype: torch.dtype | None) -> torch.dtype
     return widest
 
 
-@contextmanager
-def _restoring_randomness(params: Params):
-    """Gives a function that puts the random number generators back to where they were."""
-    device = next(iter(params.values())).device
-    cpu = torch.get_rng_state()
-    accelerator = torch.get_device_module(device).get_rng_state(device) if device.type != "cpu" else None
-
-    def restore() -> None:
-        torch.set_rng_state(cpu)
-        if accelerator is not None:
-            torch.get_device_module(device).set_rng_state(accelerator, device)
-
-    yield restore
-
-
 def _arranged(columns: dict[str, Tensor], axes: _Axes, scale: int) -> Dots:
     """Per-parameter products `[n, k]` in the axes that were asked for."""
 
@@ -167,9 +149,7 @@ class _Call(NamedTuple):
         )
 
     def contracted(self, products: Products, batch: Any, samples: int, **want: Any) -> Run:
-        return self.run(
-            batch, samples, factors=self.names, more_taps=products.more_taps, plan=products.plan, **want
-        )
+        return self.run(batch, samples, factors=self.names, more_taps=products.more_taps, plan=products.plan, **want)
 
 
 def _checked(
@@ -178,7 +158,7 @@ def _checked(
     dtype: torch.dtype | None,
     layers: str | Callable[[str], bool],
     has_aux: bool,
-    on_unsupported: OnUnsupported,
+    on_unsupported: str,
 ) -> _Call:
     params = _check_params(params)
     if on_unsupported not in ("raise", "dense"):
@@ -210,13 +190,14 @@ def _dots(
     why_not = "a precondition needs the whole validation gradient first" if precondition else cannot_join(train, val)
     if schedule == "joint" and why_not:
         raise ValueError(f"schedule='joint' cannot serve this call: {why_not}. Use schedule='two-phase' or 'auto'.")
+    device = next(iter(call.params.values())).device
     joint = schedule == "joint" or (schedule == "auto" and not why_not and not call.has_aux and m <= n)
     if joint:
-        with _restoring_randomness(call.params) as restore:
-            try:
-                return _joint(call, train, val, n, m, axes, reduction, grads, refuse_random=schedule == "auto")
-            except DrewRandomNumbers:
-                restore()
+        before = RandomState.of(device)
+        try:
+            return _joint(call, train, val, n, m, axes, reduction, grads, refuse_random=schedule == "auto")
+        except DrewRandomNumbers:
+            before.restore()
     return _two_phase(call, train, val, n, m, axes, reduction, precondition, grads)
 
 
@@ -256,22 +237,18 @@ def _two_phase(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], Dots, Any]:
     device = next(iter(call.params.values())).device
     products: Products
-    with _restoring_randomness(call.params) as restore:
-        if axes.each_val:
-            first = call.run(val, m, train=m, factors=call.names, dropout=False, batches=(("val", m),))
-            products = WithSamples(call.names, n, first, m)
-        else:
-            weights = torch.full((m,), 1.0 / m if reduction == "mean" else 1.0, dtype=torch.float64, device=device)
-            first = call.run(
-                val, m, train=m, grads=True, weights=weights, dropout=False, batches=(("val", m),)
-            )
-            direction = first.grads if precondition is None else precondition(first.grads)
-            products = Along(call.names, n, _one_direction(direction, call), 1)
-        restore()
+    before = RandomState.of(device)  # the train samples draw what a plain step would
+    if axes.each_val:
+        first = call.run(val, m, train=m, factors=call.names, dropout=False, batches=(("val", m),))
+        products = WithSamples(call.names, n, first, m)
+    else:
+        weights = torch.full((m,), 1.0 / m if reduction == "mean" else 1.0, dtype=torch.float64, device=device)
+        first = call.run(val, m, train=m, grads=True, weights=weights, dropout=False, batches=(("val", m),))
+        direction = first.grads if precondition is None else precondition(first.grads)
+        products = Along(call.names, n, _one_direction(direction, call), 1)
+    before.restore()
     weights = torch.full((n,), 1.0 / n if grads else 1.0, dtype=torch.float64, device=device)
-    result = call.contracted(
-        products, train, n, train=n, grads=grads, weights=weights, batches=(("train", n),)
-    )
+    result = call.contracted(products, train, n, train=n, grads=grads, weights=weights, batches=(("train", n),))
     dots = _arranged(_product_columns(products, result, call.names), axes, n if grads else 1)
     return result.losses, first.losses, result.grads, dots, result.aux
 
@@ -280,7 +257,9 @@ def _one_direction(direction: Params, call: _Call) -> dict[str, Tensor]:
     """The direction of each parameter that is asked for, `[1, *shape]`, checked."""
     missing = sorted(call.names - set(direction))
     if missing:
-        raise ValueError(f"direction: no entry for {', '.join(missing)}; it must have an entry for each parameter in play.")
+        raise ValueError(
+            f"direction: no entry for {', '.join(missing)}; it must have an entry for each parameter in play."
+        )
     unknown = sorted(set(direction) - set(call.params))
     if unknown:
         raise ValueError(f"direction: {', '.join(unknown)} are not parameters; these are {', '.join(call.params)}.")
@@ -348,7 +327,7 @@ def ghost_grad_dot(
         >>> gf.ghost_grad_dot(model_fn, params, train, val, out="train val").shape
         torch.Size([5, 2])
     """
-    call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported)  # type: ignore[arg-type]
+    call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported)
     *_, dots, aux = _dots(
         call,
         train,
@@ -412,7 +391,7 @@ def value_and_grad_dot(
         >>> result.losses.shape, result.grads["weight"].shape, result.dots.shape
         (torch.Size([5]), torch.Size([3, 4]), torch.Size([5]))
     """
-    call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported)  # type: ignore[arg-type]
+    call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported)
     losses, val_losses, grads, dots, aux = _dots(
         call,
         train,
@@ -467,7 +446,7 @@ def ghost_grad_along(
         >>> gf.ghost_grad_along(model_fn, params, batch, {k: torch.ones_like(p) for k, p in params.items()}).shape
         torch.Size([5])
     """
-    call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported)  # type: ignore[arg-type]
+    call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported)
     axes = _axes(out, ("param", "train"))
     batch = plain(batch)
     samples = batch_size(batch, "given")
@@ -516,7 +495,7 @@ def ghost_factors(
         >>> factors["weight"][0].a.shape, factors["weight"][0].g.shape
         (torch.Size([2, 1, 4]), torch.Size([2, 1, 3]))
     """
-    call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported)  # type: ignore[arg-type]
+    call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported)
     batch = plain(batch)
     samples = batch_size(batch, "given")
     result = call.run(batch, samples, train=samples, factors=call.names)

@@ -132,11 +132,6 @@ def verify(
     )  # fmt: skip
     _, factors = ghost_factors(model_fn, params, batch, layers=layers, on_unsupported=on_unsupported)
     interaction = _interaction(model_fn, params, batch, result.losses)
-    if interaction > 100 * allowed:
-        raise InteractingSamples(
-            f"a sample's loss alone differs from its loss in the batch by {interaction:.1e} (relative): samples interact, or "
-            "model_fn draws random numbers."
-        )
     reference, oracle = _reference(model_fn, params, batch, samples)
 
     checks: dict[str, ParameterCheck] = {}
@@ -157,6 +152,11 @@ def verify(
         raise VerificationError(
             f"{', '.join(wrong)}: differs from the oracle by more than {allowed:.0e}; the worst is {name} "
             f"{tuple(params[name].shape)} with {check}.\n{report}"
+        )
+    if interaction > 100 * allowed:
+        raise InteractingSamples(
+            f"a sample's loss alone differs from its loss in the batch by {interaction:.1e} (relative): samples interact, or "
+            "model_fn draws random numbers."
         )
     return report
 
@@ -187,4 +187,6 @@ def _reference(model_fn: ModelFn, params: Params, batch: Any, samples: int) -> t
         loss = model_fn(leaves, _alone(batch, sample)).sum()
         found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         rows.append(tuple(torch.zeros_like(p) if g is None else g for g, p in zip(found, leaves.values(), strict=True)))
-    return {name: torch.stack(column) for name, column in zip(params, zip(*rows, strict=True), strict=True)}, "one by one"
+    return {
+        name: torch.stack(column) for name, column in zip(params, zip(*rows, strict=True), strict=True)
+    }, "one by one"
