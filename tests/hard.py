@@ -185,7 +185,94 @@ def _two_names() -> Callable[[torch.dtype, torch.device], Built]:
     return shared
 
 
+def _not_contiguous() -> Callable[[torch.dtype, torch.device], Built]:
+    """Parameters that are views: a transpose, every second column, one row for all."""
+    make = _function(
+        lambda p, x: F.linear(F.linear(x, p["t"]).tanh() * p["strided"], p["one"]), t=(5, 4), strided=(10,), one=(1, 5)
+    )
+
+    def views(dtype: torch.dtype, device: torch.device) -> Built:
+        built = make(dtype, device)
+        t, strided, one = built.params.values()
+        params = {"t": t.t().contiguous().t(), "strided": strided[::2], "one": one.expand(3, 5)}
+        return built._replace(params=params)
+
+    return views
+
+
+class Double(torch.autograd.Function):
+    """A user's own Function on the data alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Two times x."""
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        """Two times g."""
+        return 2 * g
+
+
+def _foreign_layers(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The user's Function before, between and after the parameters."""
+    h = F.linear(Double.apply(x), p["w"], p["b"])
+    h = Double.apply(h.tanh()) * p["s"]
+    return Double.apply(h)
+
+
+def _all_foreign(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    """No tensor that the model computes with comes from the batch by torch operations."""
+    x = torch.tensor(x.tolist(), dtype=x.dtype, device=x.device)
+    return F.linear(F.linear(x, p["w"], p["b"]).tanh(), p["v"])
+
+
+def _pieces(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    """One layer's output written into a buffer, position by position."""
+    out = torch.empty(len(x), 3, 5, dtype=x.dtype, device=x.device)
+    for t in range(3):
+        out[:, t] = F.linear(x[:, t], p["w"]) + p["b"]
+    return out
+
+
+def _written_views(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Writes through views of a buffer, with data and with a parameter alone."""
+    out = torch.zeros(len(x), 4, 4, dtype=x.dtype, device=x.device)
+    out[:, :3].copy_(x @ p["w"])
+    out[:, 3].add_(p["b"])
+    out.select(1, 0).mul_(2)
+    return out
+
+
+def _filled(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    h = torch.full_like(x, 2.0)
+    h.mul_(p["s"])
+    return h * x + x.new_zeros(x.shape).add_(p["b"])
+
+
 HARD = [
+    Case("views as parameters", _not_contiguous()),
+    Case("nothing from the batch", _function(_all_foreign, w=(5, 4), b=(5,), v=(3, 5))),
+    Case("pieces", _function(_pieces, w=(5, 4), b=(5,))),
+    Case("written views", _function(_written_views, w=(4, 4), b=(4,))),
+    Case("filled", _function(_filled, s=(4,), b=(4,))),
+    Case("own function on the data", _function(_foreign_layers, w=(5, 4), b=(5,), s=(5,))),
+    Case("transposed batch matmul", _function(lambda p, x: torch.bmm(p["w"] @ x.mT, x), w=(5, 4))),
+    Case("weight through the data's reshape", _function(lambda p, x: p["w"].view(1, 3, 4).expand_as(x) * x, w=(12,))),
+    Case("weight gathered by the data", _function(lambda p, x: p["w"][(x > 0).long().sum(-1)], w=(5, 4))),
+    Case("weight picked by the data", _function(
+        lambda p, x: torch.take_along_dim(p["w"].expand(len(x), 3, 4), x.argsort(-1), -1), w=(3, 4)
+    )),
+    Case("masked weight", _function(lambda p, x: torch.where(x > 0, p["w"], p["v"]) * x, w=(4,), v=(3, 4))),
+    Case("a matrix for each sample", _function(
+        lambda p, x: torch.einsum("bte,bde->btd", x, torch.einsum("bt,tde->bde", x[..., 0], p["w"])), w=(3, 5, 4)
+    )),
+    Case("hypernetwork", _function(
+        lambda p, x: torch.bmm(x, F.linear(x.mean(1), p["w"], p["b"]).view(-1, 4, 5)), w=(20, 4), b=(20,)
+    )),
+    Case("mixture by softmax", _function(
+        lambda p, x: torch.einsum("bk,kde,btd->bte", (x.mean(1) @ p["g"]).softmax(-1), p["w"], x), g=(4, 3), w=(3, 4, 5)
+    )),
     Case("scaled table", _function(_scaled_table, table=(3, 4), shift=(4,))),
     Case("two names", _two_names()),
     Case("type as the data", _function(lambda p, x: F.linear(x, p["w"].type_as(x), p["b"].to(x)), w=(5, 4), b=(5,))),
