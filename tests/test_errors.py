@@ -297,20 +297,23 @@ class TestEveryTransform:
         assert_no_state_left()
         assert all(p.grad is None and not p.requires_grad for p in params.values())
 
-    def test_unknown_layers(self, call, mlp):
-        if call == "ghost_factors":
-            pytest.skip("ghost_factors has no layers=")
-        more = (mlp.params,) if call == "ghost_grad_along" else (mlp.batch(2, 2),)
-        with pytest.raises(ValueError, match=r"(?s)(?=.*decoder)(?=.*0\.weight)(?=.*4\.weight)"):
-            getattr(gf, call)(mlp.model_fn, mlp.params, mlp.batch(4, 1), *more, layers="0,decoder")
 
-    def test_unknown_out(self, call, mlp):
-        if call == "ghost_factors":
-            pytest.skip("ghost_factors has no out=")
-        more = (mlp.params,) if call == "ghost_grad_along" else (mlp.batch(2, 2),)
-        for out in ("trian", "train layer", "", "param"):
-            with pytest.raises(ValueError, match=r"(?s)(?=.*param)(?=.*(train|sample))"):
-                getattr(gf, call)(mlp.model_fn, mlp.params, mlp.batch(4, 1), *more, out=out)
+WITH_OPTIONS = pytest.mark.parametrize("call", ["value_and_grad_dot", "ghost_grad_dot", "ghost_grad_along"])
+
+
+@WITH_OPTIONS
+def test_unknown_layers(call, mlp):
+    other = mlp.params if call == "ghost_grad_along" else mlp.batch(2, 2)
+    with pytest.raises(ValueError, match=r"(?s)(?=.*decoder)(?=.*0\.weight)(?=.*4\.weight)"):
+        getattr(gf, call)(mlp.model_fn, mlp.params, mlp.batch(4, 1), other, layers="0,decoder")
+
+
+@WITH_OPTIONS
+@pytest.mark.parametrize("out", ["trian", "train layer", "", "param"])
+def test_unknown_out(call, out, mlp):
+    other = mlp.params if call == "ghost_grad_along" else mlp.batch(2, 2)
+    with pytest.raises(ValueError, match=r"(?s)(?=.*param)(?=.*(train|sample))"):
+        getattr(gf, call)(mlp.model_fn, mlp.params, mlp.batch(4, 1), other, out=out)
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
