@@ -40,8 +40,8 @@ TRAINING = {
     "val_batch_size": 8,
     "learning_rate": 1e-3,
     "warmup_step": 15,
-    "max_steps": 150,
-    "eval_interval": 50,
+    "max_steps": 120,
+    "eval_interval": 40,
     "eval_iter": 2,
 }
 PLAIN_STEP_EVERY = 10
