@@ -151,7 +151,8 @@ def draw_values(log: pa.Table, val_domain: str, *, windows: int = 15) -> bytes:
         single.plot(middles, means, marker=".", **look)
         single.fill_between(middles, means - errors, means + errors, color=look["color"], alpha=0.15, linewidth=0)
     # Values shrink by orders of magnitude as the model learns, and they change sign.
-    single.set_yscale("symlog", linthresh=max(abs(single.dataLim.y0), abs(single.dataLim.y1), 1e-9) / 100)
+    largest = max(abs(single.dataLim.y0), abs(single.dataLim.y1)) or 1.0
+    single.set_yscale("symlog", linthresh=10.0 ** np.ceil(np.log10(largest / 100)))
     summed.set(xlabel="training step", ylabel="summed value [nats]", title="Value of a domain, summed up")
     single.set(
         xlabel="training step",
