@@ -62,8 +62,8 @@ def cannot_join(train: Any, val: Any) -> str:
                 return f"a leaf that is no tensor differs: {a!r} and {b!r}"
         elif a.shape[1:] != b.shape[1:] or a.dtype != b.dtype or a.device != b.device:
             return (
-                f"train {tuple(a.shape)} {a.dtype} {a.device} and val {tuple(b.shape)} {b.dtype} {b.device} differ beyond "
-                "their first dimension"
+                f"train {tuple(a.shape)} {a.dtype} {a.device} and val {tuple(b.shape)} {b.dtype} {b.device} differ "
+                "beyond their first dimension"
             )
     return ""
 

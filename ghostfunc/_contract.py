@@ -5,7 +5,7 @@ FLOPs) the dot products with k directions V can be had in three orders:
 
     Gram         sum_rs (left_r · left'_s)(right_r · right'_s)      2·nR·mR'·(p + q), no direction is formed
     direction    sum_r left_r · (V right_r)                         2·nR·pq for each direction
-    tile stream  <left_i^T right_i, V>, tile by tile                2·n·pq for each direction, beside the weight gradient
+    tile stream  <left_i^T right_i, V>, tile by tile                2·n·pq for each direction, beside that gradient
 
 The tile stream makes the weight gradient one sample at a time, in tiles that stay in the cache, so that dot products
 cost one pass over cached data. Every function here accumulates in the dtype that it is given.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ghostfunc._factors import Dense, Factor, Gather, Outer, Own
 
-_TILE_BYTES = 8 << 20
+_TILE_BYTES = 16 << 20
 _GRAM_BYTES = 256 << 20
 _MEMORY_BOUND = 32  # FLOPs of a matrix product that cost what the stream's pass over one tile entry costs (measured)
 
@@ -44,7 +44,7 @@ class Given:
 
 @dataclass(frozen=True, eq=False)
 class FromRows:
-    """Directions left_j^T right_j of validation rows left `[m, R', p]`, right `[m, R', q]`: one for each sample, or their sum."""
+    """Directions left_j^T right_j of validation rows `[m, R', p]` and `[m, R', q]`: for each sample, or their sum."""
 
     left: Tensor
     right: Tensor
@@ -242,7 +242,7 @@ def _along_table(train: Outer | Gather, val: Gather) -> Tensor:
 
 
 def left_gram(train: Outer | Gather, val: Outer | Gather) -> Tensor:
-    """left · left' for every pair of positions, `[n * R, m * R']`."""
+    """Left · left' for every pair of positions, `[n * R, m * R']`."""
     if isinstance(train, Gather) and isinstance(val, Gather):
         return (train.ids.flatten()[:, None] == val.ids.flatten()).to(train.g.dtype)
     if isinstance(val, Gather):
@@ -253,7 +253,7 @@ def left_gram(train: Outer | Gather, val: Outer | Gather) -> Tensor:
 
 
 def right_gram(train: Outer | Gather, val: Outer | Gather) -> Tensor:
-    """right · right' for every pair of positions, `[n * R, m * R']`."""
+    """Right · right' for every pair of positions, `[n * R, m * R']`."""
     right = [f.g if isinstance(f, Gather) else f.right for f in (train, val)]
     return right[0].flatten(0, 1) @ right[1].flatten(0, 1).t()
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 
-class UnsupportedUse(RuntimeError):  # noqa: N818 - the name is the public contract
+class UnsupportedUse(RuntimeError):
     """A parameter influences the losses through a use whose per-sample gradient is not accounted for.
 
     Attributes:
@@ -15,7 +15,7 @@ class UnsupportedUse(RuntimeError):  # noqa: N818 - the name is the public contr
         self.parameters = tuple(parameters)
 
 
-class InteractingSamples(ValueError):  # noqa: N818 - reads as the reason, like UnsupportedUse
+class InteractingSamples(ValueError):
     """The loss of one sample depends on another sample of the batch, so that it has no gradient of its own."""
 
 

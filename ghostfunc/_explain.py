@@ -1,4 +1,4 @@
-"""`explain`: the plan for a model and a batch, printed: for each parameter its uses, factors, contraction, FLOPs, bytes."""
+"""`explain`: the plan for a model and a batch, printed: uses, factors, contractions, FLOPs and bytes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Plan:
 
     @property
     def flops(self) -> int:
-        """Products beside those of a plain training step on the train samples (without the val forward and backward)."""
+        """Products beside a plain training step on the train samples, without the val forward and backward."""
         return sum(use.flops for uses in self.uses.values() for use in uses)
 
     def __str__(self) -> str:
@@ -108,8 +108,8 @@ def explain(
         on_unsupported: as in `ghost_grad_dot`.
 
     Returns:
-        A plan that prints as a table: for each use of each parameter its operation, factor, contraction, the FLOPs beside
-        a plain training step, and the memory kept until the backward ends.
+        A plan that prints as a table: for each use of each parameter its operation, factor, contraction, the
+        FLOPs beside a plain training step, and the memory kept until the backward ends.
 
     Raises:
         UnsupportedUse: as in `ghost_grad_dot`.
@@ -163,7 +163,7 @@ def _use(site: Site, n: int, samples: int, m: int, joint: bool, probe: str) -> U
     if site.kind == "gather":
         return Use(site.op, "Gather", "grad-outputs kept", 0, kept, derived)
     order = best_order(
-        n, site.positions, *shape, 1, m * site.positions if joint else 0, given=not joint, want_grad=m > 0
+        n, site.positions, shape[0], shape[1], 1, m * site.positions if joint else 0, given=not joint, want_grad=m > 0
     )
     plain_step = 2 * n * site.positions * shape.numel() if m else 0
     if site.treatment == "fused" and not probe:

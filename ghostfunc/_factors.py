@@ -3,7 +3,7 @@
 The gradient of sample b is the sum over uses of
 
     Outer     G_b = sum_r outer(g[b, r], a[b, r])                   a linear map at R positions
-    Gather    G_b = sum_r onehot(ids[b, r]) outer g[b, r]            an embedding; a one-hot activation kept as its index
+    Gather    G_b = sum_r onehot(ids[b, r]) outer g[b, r]            an embedding; a one-hot activation is its index
     Dense     G_b = grad[b]                                          scales, biases, anything else
     Own       G_b = grad[b] in the part that only sample b uses      a tensor that has a part for each sample
 """

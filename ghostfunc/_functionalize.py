@@ -7,7 +7,6 @@ arguments and nothing of the module changes.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 

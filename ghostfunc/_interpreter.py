@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ghostfunc._errors import UnsupportedUse
 from ghostfunc._contract import total
+from ghostfunc._errors import UnsupportedUse
 from ghostfunc._factors import Dense, Factor, Own, detached
 from ghostfunc._sample_axis import (
     Lost,
@@ -37,8 +37,8 @@ from ghostfunc._sample_axis import (
 )
 
 _ISOMETRIES = frozenset(
-    "t transpose swapaxes permute movedim view reshape flatten unflatten squeeze unsqueeze contiguous clone alias get_T "
-    "get_mT view_as reshape_as".split()
+    "t transpose swapaxes permute movedim view reshape flatten unflatten squeeze unsqueeze contiguous clone alias "
+    "get_T get_mT view_as reshape_as".split()
 )
 _DROPOUTS = frozenset("dropout alpha_dropout feature_alpha_dropout dropout1d dropout2d dropout3d".split())
 _RANDOM = frozenset(
@@ -272,11 +272,11 @@ class Site:
 
 
 def zero_tap(like: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
-    """A zero that an operation takes as an input and does not use: its cotangent carries a result out of the backward."""
+    """A zero that an operation takes and does not use: its cotangent carries a result out of the backward."""
     return torch.zeros((), dtype=dtype, device=like.device).expand(shape).detach().requires_grad_()
 
 
-class DrewRandomNumbers(Exception):  # noqa: N818 - a signal, not an error
+class DrewRandomNumbers(Exception):
     """Raised inside a joint forward that draws random numbers, when the caller asked to be told."""
 
 
@@ -302,7 +302,7 @@ class Interpreter(TorchFunctionMode):
         self.dtype = dtype
         self.lenient = lenient
         self.sites: list[Site] = []
-        self.level = torch._C._functorch.maybe_current_level()
+        self.level = _functorch_level()
         self.dropout = dropout
         self.refuse_random = refuse_random
         self.tracked: list[Tracked] = []
@@ -391,8 +391,8 @@ class Interpreter(TorchFunctionMode):
         return out
 
     def _must_not_see(self, func: Callable, kwargs: Mapping[str, Any]) -> bool:
-        """Uses that no rule can run: inside a functorch transform of the model's own, or writing parameters somewhere."""
-        inside = torch._C._functorch.maybe_current_level() != self.level
+        """Uses that no rule can run: inside a functorch transform of the model's own, or writes."""
+        inside = _functorch_level() != self.level
         name = op_name(func)
         writes = name == "setitem" or kwargs.get("out") is not None or (is_in_place(func) and name not in _WRITES)
         return inside or (writes and torch.is_grad_enabled())
@@ -400,6 +400,8 @@ class Interpreter(TorchFunctionMode):
     # -- parameters without data
 
     def _derive(self, func: Callable, args: Any, kwargs: Any, tracked: list[Tracked]) -> Any:
+        if is_in_place(func):  # the written tensor would hold a parameter unseen
+            return func(*args, **kwargs)
         real_args, real_kwargs = pytree.tree_map(self.real, (args, kwargs))
         random = op_name(func) in _DROPOUTS | _RANDOM
         randomness = RandomState.of(tracked[0].real.device) if random else None
@@ -467,6 +469,10 @@ class Interpreter(TorchFunctionMode):
             if self.refuse_random:
                 raise DrewRandomNumbers
         return args, kwargs
+
+
+def _functorch_level() -> int | None:
+    return torch._C._functorch.maybe_current_level()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _training(args: Any, kwargs: Any, position: int) -> bool:

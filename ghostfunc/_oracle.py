@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.utils import _pytree as pytree

@@ -43,7 +43,7 @@ class Joint:
         return self.val if self.each else 1
 
     def more_taps(self, site: Site) -> dict[str, Tensor]:
-        """Taps for the fused contraction of a linear map, and for its cross terms with earlier look-ups of the weight."""
+        """Taps for a linear map's contraction, and for its cross terms with earlier look-ups of the weight."""
         if site.kind != "outer" or not self.names.intersection(site.tracked.names):
             return {}
         like = site.tracked.real
@@ -143,7 +143,7 @@ def sum_directions(result: Run, name: str, factors: Mapping[Site, Factor], each:
 
 
 def along_sites(result: Run, name: str, factors: Mapping[Site, Factor], directions: Tensor) -> Tensor:
-    """Dot products `[n, k]` of the samples' gradients, summed over sites, with directions `[k, *shape]` of a parameter."""
+    """Dot products `[n, k]` of the samples' gradients, over all sites, with directions `[k, *shape]`."""
     dots: Tensor | None = None
     for site, factor in factors.items():
         pushed = torch.stack([result.push(site.tracked, name, d) for d in directions])

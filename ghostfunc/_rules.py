@@ -39,22 +39,22 @@ def _taps(*sites: Site | None) -> list[Tensor]:
 
 
 class Affine(Function):
-    """y = x W^T + b, or y = x W + b for a weight that is stored `[d_in, d_out]`: Outer(x, g), and Dense for the bias."""
+    """y = x W^T + b, or y = x W + b for a weight stored `[d_in, d_out]`: Outer(x, g), and Dense for the bias."""
 
     @staticmethod
-    def forward(x, weight, bias, transposed, cast, weight_site, bias_site, *taps):  # noqa: D102
+    def forward(x, weight, bias, transposed, cast, weight_site, bias_site, *taps):
         if cast is not None:
             x, weight, bias = x.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
         return F.linear(x, weight.t() if transposed else weight, bias)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # noqa: D102
+    def setup_context(ctx, inputs, output):
         x, weight, bias, ctx.transposed, ctx.cast, ctx.weight_site, ctx.bias_site, *_ = inputs
         ctx.bias_shape = None if bias is None else bias.shape
         ctx.save_for_backward(x, weight)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: D102
+    def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         if ctx.cast is not None:
             x, weight = x.to(ctx.cast), weight.to(ctx.cast)
@@ -180,17 +180,17 @@ class Embedding(Function):
     """y = W[ids]: Gather(ids, g), with zero for the padding's row."""
 
     @staticmethod
-    def forward(ids, weight, padding_idx, site, *taps):  # noqa: D102
+    def forward(ids, weight, padding_idx, site, *taps):
         return F.embedding(ids, weight)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # noqa: D102
+    def setup_context(ctx, inputs, output):
         ids, weight, ctx.padding_idx, ctx.site, *_ = inputs
         ctx.rows = len(weight)
         ctx.save_for_backward(ids)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: D102
+    def backward(ctx, grad):
         (ids,) = ctx.saved_tensors
         padding = ctx.padding_idx
 
@@ -222,8 +222,8 @@ def _embedding(
     name = ", ".join(tracked.names)
     if max_norm is not None:
         raise UnsupportedUse(
-            f"{name}: an embedding with max_norm={max_norm} renormalises its weight in place during the forward, so its "
-            "gradient is not that of a pure function. Build the embedding without max_norm, or freeze it.",
+            f"{name}: an embedding with max_norm={max_norm} renormalises its weight in place during the "
+            "forward, so its gradient is not that of a pure function. Build it without max_norm, or freeze it.",
             tracked.names,
         )
     if scale_grad_by_freq:
@@ -235,9 +235,9 @@ def _embedding(
     if input.numel() and (int(input.min()) < 0 or int(input.max()) >= vocabulary):
         bad = input[(input < 0) | (input >= vocabulary)][0].item()
         raise IndexError(
-            f"{name}: id {bad} is outside the vocabulary: the embedding has {vocabulary} rows {tuple(weight.shape)}, the "
-            f"ids {tuple(input.shape)} run from {int(input.min())} to {int(input.max())}. Use the tokenizer that the "
-            "model was made for, or an embedding with more rows."
+            f"{name}: id {bad} is outside the vocabulary: the embedding has {vocabulary} rows {tuple(weight.shape)}, "
+            f"the ids {tuple(input.shape)} run from {int(input.min())} to {int(input.max())}. Use the tokenizer that "
+            "the model was made for, or an embedding with more rows."
         )
     if padding_idx is not None and padding_idx < 0:
         padding_idx = None if func is torch.embedding and padding_idx == -1 else padding_idx % vocabulary
@@ -255,11 +255,11 @@ class LayerNorm(Function):
     """y = (x - mean) / std * w + b: Dense(sum_r g_r * xhat_r) and Dense(sum_r g_r)."""
 
     @staticmethod
-    def forward(x, shape, weight, bias, eps, weight_site, bias_site, *taps):  # noqa: D102
+    def forward(x, shape, weight, bias, eps, weight_site, bias_site, *taps):
         return torch.native_layer_norm(x, shape, weight, bias, eps)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # noqa: D102
+    def setup_context(ctx, inputs, output):
         x, ctx.shape, weight, bias, _, ctx.weight_site, ctx.bias_site, *_ = inputs
         _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
@@ -267,7 +267,7 @@ class LayerNorm(Function):
         ctx.save_for_backward(x, weight, bias, mean, rstd)
 
     @staticmethod
-    def backward(ctx, grad, *_):  # noqa: D102
+    def backward(ctx, grad, *_):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         shape = torch.Size(ctx.shape)
 
@@ -316,7 +316,7 @@ class Broadcast(Function):
     """x + p, x - p, p - x, x * p, x / p with broadcasting: Dense(the entrywise gradient, summed to p's shape)."""
 
     @staticmethod
-    def forward(x, p, op, site, *taps):  # noqa: D102
+    def forward(x, p, op, site, *taps):
         if op == "mul":
             return x * p
         if op == "div":
@@ -324,22 +324,32 @@ class Broadcast(Function):
         return x + p if op == "add" else x - p if op == "sub" else p - x
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # noqa: D102
+    def setup_context(ctx, inputs, output):
         x, p, ctx.op, ctx.site, *_ = inputs
         ctx.save_for_backward(*((x, p) if ctx.op in ("mul", "div") else ()))
         ctx.x_shape, ctx.x_dtype, ctx.shape = x.shape, x.dtype, p.shape
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: D102
+    def backward(ctx, grad):
         op = ctx.op
-        x, p = ctx.saved_tensors if op in ("mul", "div") else (None, None)
         x_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = grad * p if op == "mul" else grad / p if op == "div" else -grad if op == "rsub" else grad
+            if op == "mul":
+                x_grad = grad * ctx.saved_tensors[1]
+            elif op == "div":
+                x_grad = grad / ctx.saved_tensors[1]
+            else:
+                x_grad = -grad if op == "rsub" else grad
             x_grad = x_grad.sum_to_size(ctx.x_shape).to(ctx.x_dtype)
 
         def dense(g: Tensor, samples: Partition) -> Factor:
-            entry = g * x if op == "mul" else -g * x / (p * p) if op == "div" else -g if op == "sub" else g
+            if op == "mul":
+                entry = g * ctx.saved_tensors[0]
+            elif op == "div":
+                x, p = ctx.saved_tensors
+                entry = -g * x / (p * p)
+            else:
+                entry = -g if op == "sub" else g
             return _dense_or_own(entry, samples, ctx.shape)
 
         p_grad, *taps = ctx.site.resolve(grad, dense)
@@ -385,15 +395,15 @@ def _broadcast(op: str) -> Rule:
 
 
 class Opaque(Function):
-    """Any operation, as a graph of its own: Dense by one backward of the operation for each sample, its cotangent masked."""
+    """Any operation, as a graph of its own: Dense by one backward of it for each sample, its cotangent masked."""
 
     @staticmethod
-    def forward(ctx, operation, *tensors):  # noqa: D102
+    def forward(ctx, operation, *tensors):
         ctx.operation = operation
         return operation.out.detach()
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: D102
+    def backward(ctx, grad):
         op: _Operation = ctx.operation
         grads: list[Tensor | None] = [None] * len(op.inputs)
         data = [k for k in range(len(op.inputs)) if ctx.needs_input_grad[1 + k] and k not in op.sites]

@@ -188,7 +188,7 @@ def _check_alone(
     losses: Tensor | None,
     doubt: str,
 ) -> None:
-    """Raise where a sample's loss alone is not its loss in the batch: a probe of gradients cannot see data that mixes."""
+    """Raise where a sample's loss alone is not its loss in the batch: a probe cannot see data that mixes."""
 
     def losses_of(part: Any) -> Tensor:
         with torch.no_grad(), Interpreter(params, 1, dropout=False, apply_rule=apply_rule, dtype=want.dtype):
@@ -202,7 +202,8 @@ def _check_alone(
         if not float(error) <= _ALONE_TOLERANCE.get(together.dtype, 1e-4) * (1 + float(together[sample].abs())):
             raise InteractingSamples(
                 _interaction(
-                    f"{doubt}, and sample {sample} has loss {float(alone):.6g} alone, {float(together[sample]):.6g} here"
+                    f"{doubt}, and sample {sample} has loss {float(alone):.6g} alone, "
+                    f"{float(together[sample]):.6g} here"
                 )
             )
 
@@ -220,12 +221,13 @@ def check_losses(losses: Any, samples: int, batches: tuple[tuple[str, int], ...]
         raise TypeError(f"model_fn must return losses[B], a tensor; it returned {type(losses).__name__}.{hint}")
     if losses.dim() == 0:
         raise ValueError(
-            "model_fn returned a scalar loss. Per-sample gradients need one loss for each sample: return losses of shape "
-            f"[{samples}] (reduction='none', then a mean over all dimensions but the first)."
+            "model_fn returned a scalar loss. Per-sample gradients need one loss for each sample: return losses of "
+            f"shape [{samples}] (reduction='none', then a mean over all dimensions but the first)."
         )
     if losses.shape != (samples,):
         raise ValueError(
-            f"model_fn returned losses of shape {tuple(losses.shape)} for a batch of {samples} samples; expected [{samples}]."
+            f"model_fn returned losses of shape {tuple(losses.shape)} for {_sizes(samples, batches)}; "
+            f"expected [{samples}]."
         )
     if not losses.is_floating_point():
         raise TypeError(f"model_fn returned losses of dtype {losses.dtype}; expected a floating-point dtype.")
@@ -233,15 +235,20 @@ def check_losses(losses: Any, samples: int, batches: tuple[tuple[str, int], ...]
         raise ValueError(_not_finite(losses.detach(), batches or (("given", samples),)))
 
 
+def _sizes(samples: int, batches: tuple[tuple[str, int], ...]) -> str:
+    joined = " + ".join(f"{size} {what}" for what, size in batches)
+    return f"a batch of {samples} samples" + (f" ({joined}, joined)" if len(batches) > 1 else "")
+
+
 def _not_finite(losses: Tensor, batches: tuple[tuple[str, int], ...]) -> str:
     found = []
-    for (what, size), part in zip(batches, losses.split([size for _, size in batches]), strict=True):
+    for (what, _), part in zip(batches, losses.split([size for _, size in batches]), strict=True):
         bad = (~torch.isfinite(part)).nonzero().flatten().tolist()
         if bad:
             found.append(f"{what} batch: the losses of samples {bad} are not finite: {part[bad].tolist()}")
     return (
-        f"{'; '.join(found)}. Look at these samples, at the learning rate and at the dtype; their gradients would spoil "
-        "every sum that they enter."
+        f"{'; '.join(found)}. Look at these samples, at the learning rate and at the dtype; their gradients would "
+        "spoil every sum that they enter."
     )
 
 
@@ -266,8 +273,8 @@ def _doubt(losses: Tensor, sites: list[Site], samples: int) -> str:
 
 def _interaction(reason: str) -> str:
     return (
-        f"{reason}, so that the loss of a sample depends on the others of its batch and has no gradient of its own. Put "
-        "BatchNorm in eval mode, use a loss without in-batch terms (reduction='none'), or compute such terms outside."
+        f"{reason}, so that the loss of a sample depends on the others of its batch and has no gradient of its own. "
+        "Put BatchNorm in eval mode, use a loss without in-batch terms (reduction='none'), or compute them outside."
     )
 
 
@@ -378,7 +385,7 @@ def _probe(
     *,
     keep: bool,
 ) -> dict[Site, Partition]:
-    """Find the sample of each row by a second backward with other weights: rows scale with the weight of their sample."""
+    """Find the sample of each row by a second backward with other weights: rows scale with their sample's weight."""
     samples = len(losses)
     scale = torch.linspace(0.5, 1.5, samples, dtype=torch.float64)
     scale = scale[torch.randperm(samples, generator=torch.Generator().manual_seed(samples))].to(losses.device)
@@ -437,7 +444,7 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def base_factor(result: Run, site: Site, factor: Factor, name: str) -> Factor:
-    """The factor of a site as a factor of a parameter: pulled back densely where the site's tensor is derived from it."""
+    """The factor of a site as a factor of a parameter: pulled back where the site's tensor is derived from it."""
     tracked = site.tracked
     if tracked.derivation is None and not isinstance(factor, Own):
         return factor

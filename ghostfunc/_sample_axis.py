@@ -153,7 +153,7 @@ def op_name(func: Callable) -> str:
 def is_in_place(func: Callable) -> bool:
     """Whether a function writes to its first argument."""
     name = func.__name__
-    return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") and name != "__invert__"
+    return (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name != "__invert__")
 
 
 # ---------------------------------------------------------------- the rules, by kind of operation

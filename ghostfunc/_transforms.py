@@ -469,7 +469,8 @@ def ghost_factors(
     """The factors of every parameter's per-sample gradients, as values.
 
     The gradient of sample b with respect to a parameter is the sum of its factors' gradients of sample b
-    (`factor.dense(shape)[b]`). Unlike contractions, factors stay in memory: activations and grad-outputs of every layer.
+    (`factor.dense(shape)[b]`). Unlike contractions, factors stay in memory: every
+    layer's activations and grad-outputs.
 
     Args:
         model_fn: `model_fn(params, batch) -> losses[B]`.
@@ -481,8 +482,8 @@ def ghost_factors(
         on_unsupported: as in `ghost_grad_dot`.
 
     Returns:
-        `(losses[B], {name: [Outer | Gather | Dense, ...]})`, one factor for each use; an empty list for a parameter that
-        the losses do not depend on. With `has_aux`, `(losses, factors, aux)`.
+        `(losses[B], {name: [Outer | Gather | Dense, ...]})`, one factor for each use; an empty list for a
+        parameter that the losses do not depend on. With `has_aux`, `(losses, factors, aux)`.
 
     Raises:
         UnsupportedUse: as in `ghost_grad_dot`.

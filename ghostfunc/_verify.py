@@ -21,7 +21,7 @@ _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 @dataclass(frozen=True)
 class ParameterCheck:
-    """Errors of one parameter, relative: |d - d*| / (‖g_i‖ ‖V‖), | ‖g‖ - ‖g*‖ | / ‖g*‖, ‖G - G*‖ / ‖G*‖.
+    """Errors of one parameter, relative to ‖g_i‖ ‖V‖ for a dot product, to the oracle's norm for norms and gradients.
 
     Attributes:
         uses: the number of uses; 0 for a parameter that the losses do not depend on.
@@ -67,7 +67,7 @@ class Report:
     def __str__(self) -> str:
         width = max(len("parameter"), *(len(name) for name in self.parameters))
         lines = [
-            f"{self.samples} samples against the oracle ({self.oracle}), relative errors, {self.tolerance:.0e} allowed:",
+            f"{self.samples} samples against the oracle ({self.oracle}), relative errors, {self.tolerance:.0e} allowed",
             f"{'parameter':<{width}}  uses     dots    norms    grads",
         ]
         for name, check in self.parameters.items():
@@ -155,8 +155,8 @@ def verify(
         )
     if interaction > 100 * allowed:
         raise InteractingSamples(
-            f"a sample's loss alone differs from its loss in the batch by {interaction:.1e} (relative): samples interact, or "
-            "model_fn draws random numbers."
+            f"a sample's loss alone differs from its loss in the batch by {interaction:.1e} (relative): samples "
+            "interact, or model_fn draws random numbers."
         )
     return report
 
