@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from ghostfunc._factors import Dense, Factor, Gather, Outer, Own
@@ -30,14 +31,14 @@ _MEMORY_BOUND = 32  # FLOPs of a matrix product that cost what the stream's pass
 class Given:
     """Directions as tensors: `[k, p, q]`."""
 
-    tensor: Tensor
+    tensor: Float[Tensor, "k p q"]
 
     @property
     def count(self) -> int:
         """The number of directions, k."""
         return len(self.tensor)
 
-    def tile(self, start: int, stop: int) -> Tensor:
+    def tile(self, start: int, stop: int) -> Float[Tensor, "k t q"]:
         """Rows start to stop of every direction, `[k, t, q]`."""
         return self.tensor[:, start:stop]
 
@@ -46,8 +47,8 @@ class Given:
 class FromRows:
     """Directions left_j^T right_j of validation rows `[m, R', p]` and `[m, R', q]`: for each sample, or their sum."""
 
-    left: Tensor
-    right: Tensor
+    left: Float[Tensor, "m r p"]
+    right: Float[Tensor, "m r q"]
     each: bool
 
     @property
@@ -55,7 +56,7 @@ class FromRows:
         """The number of directions, k."""
         return len(self.left) if self.each else 1
 
-    def tile(self, start: int, stop: int) -> Tensor:
+    def tile(self, start: int, stop: int) -> Float[Tensor, "k t q"]:
         """Rows start to stop of every direction, `[k, t, q]`."""
         left = self.left[:, :, start:stop]
         if self.each:
@@ -116,7 +117,9 @@ def best_order(n: int, positions: int, p: int, q: int, k: int, val_rows: int, *,
     return min(found, key=lambda order: order.cost)
 
 
-def contract_outer(factor: Outer, directions: Directions, *, want_grad: bool) -> tuple[Tensor, Tensor | None]:
+def contract_outer(
+    factor: Outer, directions: Directions, *, want_grad: bool
+) -> tuple[Float[Tensor, "n k"], Float[Tensor, "p q"] | None]:
     """Dot products of every sample with every direction, and the sum of the samples' gradients.
 
     Args:
@@ -142,7 +145,9 @@ def contract_outer(factor: Outer, directions: Directions, *, want_grad: bool) ->
     return _along_outer(left, right, directions.tile(0, p)), grad
 
 
-def _along_outer(left: Tensor, right: Tensor, directions: Tensor) -> Tensor:
+def _along_outer(
+    left: Float[Tensor, "n r p"], right: Float[Tensor, "n r q"], directions: Float[Tensor, "k p q"]
+) -> Float[Tensor, "n k"]:
     """sum_r left_r · (V right_r) for each V of `[k, p, q]`, through the narrower side: `[n, k]`."""
     columns = []
     for direction in directions:
@@ -154,7 +159,9 @@ def _along_outer(left: Tensor, right: Tensor, directions: Tensor) -> Tensor:
     return torch.stack(columns, 1)
 
 
-def _tile_stream(left: Tensor, right: Tensor, directions: Directions, want_grad: bool) -> tuple[Tensor, Tensor | None]:
+def _tile_stream(
+    left: Float[Tensor, "n r p"], right: Float[Tensor, "n r q"], directions: Directions, want_grad: bool
+) -> tuple[Float[Tensor, "n k"], Float[Tensor, "p q"] | None]:
     n, _, p = left.shape
     q = right.shape[2]
     rows = max(1, min(p, _TILE_BYTES // max(1, n * q * left.element_size())))
@@ -172,7 +179,7 @@ def _tile_stream(left: Tensor, right: Tensor, directions: Directions, want_grad:
     return dots, grad
 
 
-def along(factor: Factor, directions: Tensor) -> Tensor:
+def along(factor: Factor, directions: Inexact[Tensor, "k ..."]) -> Inexact[Tensor, "b k"]:
     """Dot products of every sample's gradient with k directions.
 
     Args:
@@ -194,7 +201,7 @@ def along(factor: Factor, directions: Tensor) -> Tensor:
     )
 
 
-def pair(train: Factor, val: Factor) -> Tensor:
+def pair(train: Factor, val: Factor) -> Float[Tensor, "n m"]:
     """Dot products of every train sample with every validation sample, `[n, m]`, of one use with another.
 
     An `Outer` and a `Gather` are both sums over positions of outer(left, right) (a `Gather`'s left is one-hot), so
@@ -218,7 +225,7 @@ def pair(train: Factor, val: Factor) -> Tensor:
     return torch.cat(blocks)
 
 
-def pair_sum(train: Factor, val: Factor) -> Tensor:
+def pair_sum(train: Factor, val: Factor) -> Float[Tensor, "n 1"]:
     """Dot products of every train sample with the sum of the validation samples' gradients, `[n, 1]`."""
     if isinstance(train, Outer) and isinstance(val, Outer):
         return contract_outer(train, FromRows(val.left, val.right, each=False), want_grad=False)[0]
@@ -229,7 +236,7 @@ def pair_sum(train: Factor, val: Factor) -> Tensor:
     return pair(train, val).sum(1, keepdim=True)
 
 
-def _along_table(train: Outer | Gather, val: Gather) -> Tensor:
+def _along_table(train: Outer | Gather, val: Gather) -> Float[Tensor, "n 1"]:
     """The same where the direction is a table with few rows that are not zero: only these are formed."""
     known, place = val.ids.unique(return_inverse=True)  # [U]
     table = val.g.new_zeros(len(known), val.g.shape[-1]).index_add_(0, place.flatten(), val.g.flatten(0, 1))  # [U, d]
@@ -241,7 +248,7 @@ def _along_table(train: Outer | Gather, val: Gather) -> Tensor:
     return (table[index] * train.g * hit).sum((1, 2)).unsqueeze(1)
 
 
-def left_gram(train: Outer | Gather, val: Outer | Gather) -> Tensor:
+def left_gram(train: Outer | Gather, val: Outer | Gather) -> Float[Tensor, "nr ms"]:
     """Left · left' for every pair of positions, `[n * R, m * R']`."""
     if isinstance(train, Gather) and isinstance(val, Gather):
         return (train.ids.flatten()[:, None] == val.ids.flatten()).to(train.g.dtype)
@@ -252,7 +259,7 @@ def left_gram(train: Outer | Gather, val: Outer | Gather) -> Tensor:
     return train.left.flatten(0, 1) @ val.left.flatten(0, 1).t()
 
 
-def right_gram(train: Outer | Gather, val: Outer | Gather) -> Tensor:
+def right_gram(train: Outer | Gather, val: Outer | Gather) -> Float[Tensor, "nr ms"]:
     """Right · right' for every pair of positions, `[n * R, m * R']`."""
     right = [f.g if isinstance(f, Gather) else f.right for f in (train, val)]
     return right[0].flatten(0, 1) @ right[1].flatten(0, 1).t()

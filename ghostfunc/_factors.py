@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
+from jaxtyping import Float, Inexact, Int
 from torch import Tensor
 
 from ghostfunc._sample_axis import SampleAxis
@@ -29,21 +30,21 @@ class Outer:
         transposed: whether the weight is stored `[d_in, d_out]`, as by `Conv1D` and `x @ w`.
     """
 
-    a: Tensor
-    g: Tensor
+    a: Float[Tensor, "b r d_in"]
+    g: Float[Tensor, "b r d_out"]
     transposed: bool = False
 
     @property
-    def left(self) -> Tensor:
+    def left(self) -> Float[Tensor, "b r p"]:
         """`[B, R, p]` of a weight stored `[p, q]`: G_b = left_b^T right_b."""
         return self.a if self.transposed else self.g
 
     @property
-    def right(self) -> Tensor:
+    def right(self) -> Float[Tensor, "b r q"]:
         """`[B, R, q]` of a weight stored `[p, q]`."""
         return self.g if self.transposed else self.a
 
-    def dense(self, shape: Sequence[int]) -> Tensor:
+    def dense(self, shape: Sequence[int]) -> Inexact[Tensor, "b ..."]:
         """The per-sample gradients `[B, *shape]`."""
         return torch.bmm(self.left.transpose(1, 2), self.right).view(-1, *shape)
 
@@ -61,10 +62,10 @@ class Gather:
         g: grad-outputs `[B, R, d]`, zero where the id is the table's padding.
     """
 
-    ids: Tensor
-    g: Tensor
+    ids: Int[Tensor, "b r"]
+    g: Float[Tensor, "b r d"]
 
-    def dense(self, shape: Sequence[int]) -> Tensor:
+    def dense(self, shape: Sequence[int]) -> Inexact[Tensor, "b ..."]:
         """The per-sample gradients `[B, *shape]`."""
         grads = self.g.new_zeros(len(self.g), *shape)
         return grads.scatter_add_(1, self.ids.unsqueeze(-1).expand_as(self.g), self.g)
@@ -82,9 +83,9 @@ class Dense:
         grad: `[B, *shape]`.
     """
 
-    grad: Tensor
+    grad: Inexact[Tensor, "b ..."]
 
-    def dense(self, shape: Sequence[int]) -> Tensor:
+    def dense(self, shape: Sequence[int]) -> Inexact[Tensor, "b ..."]:
         """The per-sample gradients `[B, *shape]`."""
         return self.grad.view(-1, *shape)
 
@@ -103,11 +104,11 @@ class Own:
         start: the sample that the first row belongs to.
     """
 
-    grad: Tensor
+    grad: Inexact[Tensor, "b ..."]
     axis: SampleAxis
     start: int = 0
 
-    def dense(self, shape: Sequence[int]) -> Tensor:
+    def dense(self, shape: Sequence[int]) -> Inexact[Tensor, "b ..."]:
         """The per-sample gradients `[B, *shape]`."""
         grads = self.grad.new_zeros(len(self.grad), *shape)
         for row, grad in enumerate(self.grad):

@@ -331,22 +331,22 @@ class Broadcast(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        op = ctx.op
+        op, saved = ctx.op, ctx.saved_tensors
         x_grad = None
         if ctx.needs_input_grad[0]:
             if op == "mul":
-                x_grad = grad * ctx.saved_tensors[1]
+                x_grad = grad * saved[1]
             elif op == "div":
-                x_grad = grad / ctx.saved_tensors[1]
+                x_grad = grad / saved[1]
             else:
                 x_grad = -grad if op == "rsub" else grad
             x_grad = x_grad.sum_to_size(ctx.x_shape).to(ctx.x_dtype)
 
         def dense(g: Tensor, samples: Partition) -> Factor:
             if op == "mul":
-                entry = g * ctx.saved_tensors[0]
+                entry = g * saved[0]
             elif op == "div":
-                x, p = ctx.saved_tensors
+                x, p = saved
                 entry = -g * x / (p * p)
             else:
                 entry = -g if op == "sub" else g
