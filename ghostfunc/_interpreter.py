@@ -25,6 +25,7 @@ from ghostfunc._contract import total
 from ghostfunc._errors import UnsupportedUse
 from ghostfunc._factors import Dense, Factor, Own, detached
 from ghostfunc._sample_axis import (
+    LIKE_ANOTHER,
     Lost,
     Partition,
     SampleAxis,
@@ -47,7 +48,6 @@ _RANDOM = frozenset(
 )
 
 
-_LIKE_ANOTHER = frozenset("to type_as expand_as view_as reshape_as".split())  # their second argument gives no data
 _WRITES = frozenset("add iadd sub isub mul imul div itruediv".split())  # in-place operations that have a rule
 
 MakeFactor = Callable[[Tensor, Partition], Factor]
@@ -376,7 +376,7 @@ class Interpreter(TorchFunctionMode):
             follow(func, args, kwargs, out, self.samples)
             self._doubt_foreign(tensors, out)
             return out
-        if name in _LIKE_ANOTHER and self.find(args[0]) is not None:
+        if name in LIKE_ANOTHER and self.find(args[0]) is not None:
             args = (args[0], *(a.detach() if isinstance(a, Tensor) else a for a in args[1:]))
             return self._derive(func, args, kwargs, tracked)
         if all(samples_of(t) is None for t in tensors) and not self._foreign(tensors):

@@ -180,6 +180,7 @@ _ELEMENTWISE = frozenset(
 _ROW_MAJOR = frozenset(
     "view reshape flatten unflatten squeeze unsqueeze ravel view_as reshape_as unsafe_view atleast_2d".split()
 )
+LIKE_ANOTHER = frozenset("to type_as expand_as view_as reshape_as".split())  # the second argument gives no data
 _CONSTANT = frozenset(
     """
     zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones new_full new_empty
@@ -722,6 +723,8 @@ def follow(func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any
     """
     name = op_name(func)
     tensors = tensors_in(args) + tensors_in(kwargs.values())
+    if name in LIKE_ANOTHER:
+        tensors = tensors[:1]
     carried = [s for s in map(samples_of, tensors) if s is not None]
     if not carried or name in _CONSTANT:
         return
