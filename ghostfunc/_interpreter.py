@@ -24,18 +24,9 @@ from torch.utils import _pytree as pytree
 from ghostfunc._contract import total
 from ghostfunc._errors import UnsupportedUse
 from ghostfunc._factors import Dense, Factor, Own, detached
-from ghostfunc._sample_axis import (
-    LIKE_ANOTHER,
-    Lost,
-    Partition,
-    SampleAxis,
-    follow,
-    is_in_place,
-    op_name,
-    samples_of,
-    set_samples,
-    tensors_in,
-)
+from ghostfunc._follow import follow
+from ghostfunc._operations import LIKE_ANOTHER, is_in_place, op_name, tensors_in
+from ghostfunc._sample_axis import Lost, Partition, SampleAxis, samples_of, set_samples
 
 _ISOMETRIES = frozenset(
     "t transpose swapaxes permute movedim view reshape flatten unflatten squeeze unsqueeze contiguous clone alias "

@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 from ghostfunc._errors import InteractingSamples, UnsupportedUse
 from ghostfunc._factors import Dense, Factor, Gather, Outer, Own
 from ghostfunc._interpreter import Interpreter, Site
-from ghostfunc._sample_axis import Partition, SampleAxis, einsum_letters, is_in_place, samples_of, tensors_in
+from ghostfunc._operations import einsum_letters, is_in_place, tensors_in
+from ghostfunc._sample_axis import Partition, SampleAxis, samples_of
 
 NO_RULE = object()  # what a rule returns for arguments that it does not know
 

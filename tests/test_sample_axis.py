@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ghostfunc._sample_axis import Lost, SampleAxis, follow, samples_of, set_samples
+from ghostfunc._follow import follow
+from ghostfunc._sample_axis import Lost, SampleAxis, samples_of, set_samples
 
 B = 4
 
