@@ -9,7 +9,7 @@ The plan (which sites are fused) is made between the two, when every use of ever
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class Run:
         factors: the factor of each site that has one, all samples.
         fused: the fused contractions of each site that has them.
         leaves: the parameters.
-        unused: names that the losses do not depend on.
+        unused: where gradients were wanted: names that the losses do not depend on.
     """
 
     losses: Tensor
@@ -82,7 +82,7 @@ class Run:
     factors: dict[Site, Factor]
     fused: dict[Site, dict[str, Tensor]]
     leaves: dict[str, Tensor]
-    unused: list[str] = field(default_factory=list)
+    unused: tuple[str, ...] = ()
 
     def sites(self, name: str) -> list[Site]:
         """The sites that contribute to the gradient of a parameter."""
@@ -328,11 +328,14 @@ def _backward(mode: Interpreter, losses: Tensor, want: Want, doubt: str) -> Run:
     if uncounted:
         _dense_by_backwards(mode, losses, weights, uncounted, want, result)
     _pull_complex(result, want.dtype)
+    if want.grads:
+        counted = {name for site in result.factors for name in site.tracked.names} if doubt else set()
+        counted |= {name for tracked in uncounted for name in tracked.names}
+        result.unused = tuple(
+            name for name, grad in zip(leaves, found, strict=True) if grad is None and name not in counted
+        )
     if doubt:  # factors of parameters that only the gradient needed
         result.factors = {s: f for s, f in result.factors.items() if any(n in want.factors for n in s.tracked.names)}
-    used = {name for site in (*sites, *result.factors) for name in site.tracked.names}
-    used |= {name for t in uncounted for name in t.names}
-    result.unused = [name for name in leaves if name not in used]
     return result
 
 

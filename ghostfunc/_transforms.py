@@ -26,20 +26,25 @@ Params = Mapping[str, Tensor]
 Dots = Tensor | dict[str, Tensor]
 
 
-class ValueAndGradDot(NamedTuple):
-    """What `value_and_grad_dot` returns.
+class _Values(NamedTuple):
+    losses: Tensor
+    val_losses: Tensor
+    grads: dict[str, Tensor]
+    dots: Dots
+
+
+class ValueAndGradDot(_Values):
+    """What `value_and_grad_dot` returns: the tuple `(losses, val_losses, grads, dots)`, and `unused` beside it.
 
     Attributes:
         losses: `[n]`, of the train samples.
         val_losses: `[m]`, of the validation samples.
         grads: the gradient of the mean train loss, by name.
         dots: the dot products, in the axes that `out` asks for.
+        unused: names of parameters that the train losses do not depend on; their gradients and dots are zero.
     """
 
-    losses: Tensor
-    val_losses: Tensor
-    grads: dict[str, Tensor]
-    dots: Dots
+    unused: tuple[str, ...] = ()
 
 
 class _Axes(NamedTuple):
@@ -177,7 +182,7 @@ def _dots(
     precondition: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None,
     schedule: str,
     grads: bool,
-) -> tuple[Tensor, Tensor, dict[str, Tensor], Dots, Any]:
+) -> tuple[ValueAndGradDot, Any]:
     axes = _axes(out)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'sum' over the validation samples.")
@@ -203,7 +208,7 @@ def _dots(
 
 def _joint(
     call: _Call, train: Any, val: Any, n: int, m: int, axes: _Axes, reduction: str, grads: bool, refuse_random: bool
-) -> tuple[Tensor, Tensor, dict[str, Tensor], Dots, Any]:
+) -> tuple[ValueAndGradDot, Any]:
     device = next(iter(call.params.values())).device
     val_weight = 1.0 if axes.each_val or reduction == "sum" else 1.0 / m
     weights = torch.full((n + m,), 1.0 / n if grads else 1.0, dtype=torch.float64, device=device)
@@ -221,7 +226,7 @@ def _joint(
     )
     dots = _arranged(_product_columns(products, result, call.names), axes, n if grads else 1)
     aux = pytree.tree_map_only(Tensor, lambda t: t[:n] if t.dim() and len(t) == n + m else t, result.aux)
-    return result.losses[:n], result.losses[n:], result.grads, dots, aux
+    return _values(result, result.losses[:n], result.losses[n:], dots), aux
 
 
 def _two_phase(
@@ -234,7 +239,7 @@ def _two_phase(
     reduction: str,
     precondition: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None,
     grads: bool,
-) -> tuple[Tensor, Tensor, dict[str, Tensor], Dots, Any]:
+) -> tuple[ValueAndGradDot, Any]:
     device = next(iter(call.params.values())).device
     products: Products
     before = RandomState.of(device)  # the train samples draw what a plain step would
@@ -250,7 +255,13 @@ def _two_phase(
     weights = torch.full((n,), 1.0 / n if grads else 1.0, dtype=torch.float64, device=device)
     result = call.contracted(products, train, n, train=n, grads=grads, weights=weights, batches=(("train", n),))
     dots = _arranged(_product_columns(products, result, call.names), axes, n if grads else 1)
-    return result.losses, first.losses, result.grads, dots, result.aux
+    return _values(result, result.losses, first.losses, dots), result.aux
+
+
+def _values(result: Run, losses: Tensor, val_losses: Tensor, dots: Dots) -> ValueAndGradDot:
+    values = ValueAndGradDot(losses, val_losses, result.grads, dots)
+    values.unused = result.unused
+    return values
 
 
 def _one_direction(direction: Params, call: _Call) -> dict[str, Tensor]:
@@ -328,7 +339,7 @@ def ghost_grad_dot(
         torch.Size([5, 2])
     """
     call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported)
-    *_, dots, aux = _dots(
+    values, aux = _dots(
         call,
         train,
         val,
@@ -338,7 +349,7 @@ def ghost_grad_dot(
         schedule=schedule,
         grads=False,
     )
-    return (dots, aux) if has_aux else dots
+    return (values.dots, aux) if has_aux else values.dots
 
 
 def value_and_grad_dot(
@@ -375,7 +386,8 @@ def value_and_grad_dot(
 
     Returns:
         `ValueAndGradDot(losses[n], val_losses[m], grads, dots)`; `grads` is what `torch.func.grad` of the mean train
-        loss gives. With `has_aux`, `(ValueAndGradDot, aux)`.
+        loss gives, and `.unused` names the parameters that the train losses do not depend on. With
+        `has_aux`, `(ValueAndGradDot, aux)`.
 
     Raises:
         UnsupportedUse: as in `ghost_grad_dot`.
@@ -392,7 +404,7 @@ def value_and_grad_dot(
         (torch.Size([5]), torch.Size([3, 4]), torch.Size([5]))
     """
     call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported)
-    losses, val_losses, grads, dots, aux = _dots(
+    values, aux = _dots(
         call,
         train,
         val,
@@ -402,8 +414,7 @@ def value_and_grad_dot(
         schedule=schedule,
         grads=True,
     )
-    result = ValueAndGradDot(losses, val_losses, grads, dots)
-    return (result, aux) if has_aux else result
+    return (values, aux) if has_aux else values
 
 
 def ghost_grad_along(

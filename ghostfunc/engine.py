@@ -54,7 +54,7 @@ class GradDotProdEngine:
     """Gradient dot products with a validation batch, at every step of a training loop that stays as it is.
 
     Replace `model(...)` by `engine(...)`; after `loss.backward()`, `.grad` holds the mean training gradient, as after a
-    plain step (to rounding; a parameter that the loss does not depend on gets zeros where a plain step leaves None).
+    plain step, to rounding (None for a parameter that the loss does not depend on).
     The validation rows never enter it.
 
     Args:
@@ -375,15 +375,14 @@ class GradDotProdEngine:
             self._require_finite("validation loss", val_losses, _positions(len(val_losses)))
             self._require_finite("training loss", losses, self._sample_names(len(losses)))
             raise
-        result = ValueAndGradDot(*pytree.tree_map_only(Tensor, Tensor.detach, tuple(result)))
         return result if scale == 1 else _unscale(result, scale)
 
     def _loss_with_gradient(self, result: ValueAndGradDot) -> Tensor:
         parameters = dict(self.module.named_parameters())
         self._pending.calls += 1
-        handover = _Handover(list(result.grads.values()), self._pending)
-        loss = result.losses.detach().mean()
-        return _TrainLoss.apply(loss, handover, *(parameters[name] for name in result.grads))  # type: ignore[return-value]
+        used = {name: grad for name, grad in result.grads.items() if name not in result.unused}
+        handover = _Handover(list(used.values()), self._pending)
+        return _TrainLoss.apply(result.losses.mean(), handover, *(parameters[name] for name in used))  # type: ignore[return-value]
 
     def _remember_rows(self, losses: Tensor, dots: Tensor) -> None:
         assert self._attached is not None
@@ -565,12 +564,14 @@ class _TrainLoss(torch.autograd.Function):
 
 def _unscale(result: ValueAndGradDot, scale: float) -> ValueAndGradDot:
     """Take the losses' scale out: once out of what is linear in it, twice out of the dots."""
-    return ValueAndGradDot(
+    unscaled = ValueAndGradDot(
         result.losses / scale,
         result.val_losses / scale,
         {name: grad / scale for name, grad in result.grads.items()},
         pytree.tree_map(lambda dots: dots / scale**2, result.dots),
     )
+    unscaled.unused = result.unused
+    return unscaled
 
 
 def _overflowed(result: ValueAndGradDot) -> bool:

@@ -756,3 +756,16 @@ def test_an_exception_leaves_parameters_module_and_global_state_alone(where: str
     fails = False
     engine({"input_ids": X}, Y).loss.backward()
     engine.prepare_gradients()
+
+
+def test_a_parameter_without_use_keeps_no_gradient():
+    """As after a plain step: an optimizer with weight decay would move a parameter whose gradient is zero."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"used": torch.nn.Linear(4, 3), "idle": torch.nn.Linear(4, 3)})
+    batch = (torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+    engine = GradDotProdEngine(
+        model, batch, loss=classification_loss, call=lambda module, batch: module["used"](batch[0])
+    )
+    engine(*batch).loss.backward()
+    assert all(p.grad is None for p in model["idle"].parameters())
+    assert all(p.grad is not None for p in model["used"].parameters())
