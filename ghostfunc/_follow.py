@@ -70,6 +70,7 @@ _ALONG = {  # position of `dim` among the arguments, and its default
     "unfold": (1, None),
     "diff": (2, -1),
 }
+_MOVES = frozenset("flip roll sort argsort topk".split())  # along the samples' dimension: they move rows, and add none
 _POINTWISE_LOSSES = frozenset(
     """
     mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits kl_div
@@ -464,7 +465,7 @@ def _along(op: _Op) -> Samples:
     dims = _ints(op.args[1:]) or dims if op.name == "flip" else dims
     if dims and axis.dim not in {d % op.args[0].dim() for d in dims}:
         return axis
-    return _unknown(op.name) if op.name in ("flip", "roll") else _mixed(op.name)  # these move samples, and mix none
+    return _unknown(op.name) if op.name in _MOVES else _mixed(op.name)
 
 
 def _added_matmul(op: _Op) -> Samples:

@@ -24,7 +24,9 @@ from ghostfunc._interpreter import Interpreter, Site, Tracked
 from ghostfunc._rules import apply_rule
 from ghostfunc._sample_axis import Lost, Partition, RowMap, SampleAxis, samples_of, set_samples
 
-_PROBE_TOLERANCE = {torch.float64: 1e-8}
+# A probed row's ratio to its sample's weight is off by rounding alone; a row below the floor is zero but for rounding.
+_PROBE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
+_PROBE_FLOOR = {torch.float64: 1e-14, torch.float32: 4e-6}
 _ALONE_TOLERANCE = {torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 
 
@@ -412,8 +414,9 @@ def _probe(
         ratio = (g * h).sum(1) / square.clamp(min=torch.finfo(torch.float64).tiny)
         of_row = (ratio[:, None] - scale).abs().argmin(1)
         error = (h - scale[of_row][:, None] * g).square().sum(1)
-        tolerance = _PROBE_TOLERANCE.get(first.dtype, 1e-3) / samples
-        if bool((error > (tolerance**2) * square.clamp(min=1e-12 * float(square.max()))).any()):
+        tolerance = min(_PROBE_TOLERANCE.get(_real(first).dtype, 2e-2), 0.4 / samples)
+        rounding = _PROBE_FLOOR.get(_real(first).dtype, 1e-3) ** 2 * square.max()
+        if bool((error > tolerance**2 * square + rounding).any()):
             raise InteractingSamples(
                 _interaction(
                     f"{doubt}, and a probe of the backward found samples meeting in `{site.op}` of {site.label}"
@@ -421,7 +424,7 @@ def _probe(
             )
         if isinstance(site.axis, SampleAxis):
             followed = site.axis.of_rows(first)
-            if bool(((of_row != followed) & (square > 0)).any()):
+            if bool(((of_row != followed) & (square > rounding)).any()):
                 raise InteractingSamples(
                     _interaction(f"{doubt}, and rows of `{site.op}` of {site.label} change their sample")
                 )
