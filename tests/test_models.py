@@ -22,6 +22,7 @@ CAUSAL = {
     "GPTNeoX": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {**ATTENTION, **NO_DROPOUT}),
     "Bloom": ("BloomForCausalLM", "BloomConfig", {**SMALL, "n_layer": 2, "n_head": 2, **NO_DROPOUT}),
     "OPT": ("OPTForCausalLM", "OPTConfig", {**ATTENTION, "ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.0}),
+    "Mixtral": ("MixtralForCausalLM", "MixtralConfig", {**GROUPED, "num_local_experts": 3, "num_experts_per_tok": 2}),
     "Mamba": ("MambaForCausalLM", "MambaConfig", {**SMALL, "state_size": 4, "time_step_rank": 2}),
 }
 CLASSIFIERS = {
