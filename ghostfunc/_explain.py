@@ -120,7 +120,7 @@ def explain(
         >>> model_fn, params = gf.functionalize(torch.nn.Linear(4, 3), gf.classification_loss)
         >>> batch = (torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
         >>> [use.contraction for use in gf.explain(model_fn, params, batch, batch).uses["weight"]]
-        ['Gram']
+        ['direction']
     """
     params = dict(params)
     batch, val = plain(batch), plain(val)
