@@ -129,7 +129,7 @@ def explain(
     names = match_layers(layers, list(params))
     joint = m > 0 and m <= n and not cannot_join(batch, val)
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in params.values()) else torch.float32
-    products = Joint(names, n, m, each=False) if joint else Along(names, n, {}, 1)
+    products = Joint(names, n, m, each=False, fuse=on_unsupported != "dense") if joint else Along(names, n, {}, 1)
     samples = n + m if joint else n
     want = Want(
         train=n, dtype=dtype, grads=m > 0, factors=names, more_taps=products.more_taps, plan=products.plan,

@@ -30,12 +30,15 @@ class Joint:
         train: the number of train samples, n.
         val: the number of validation samples, m.
         each: one direction for each validation sample, rather than their sum.
+        fuse: whether contractions may run inside the backward; not where uses may show only after it (their cross terms
+            with the fused ones would be missing).
     """
 
     names: frozenset[str]
     train: int
     val: int
     each: bool
+    fuse: bool = True
 
     @property
     def count(self) -> int:
@@ -44,7 +47,7 @@ class Joint:
 
     def more_taps(self, site: Site) -> dict[str, Tensor]:
         """Taps for a linear map's contraction, and for its cross terms with earlier look-ups of the weight."""
-        if site.kind != "outer" or not self.names.intersection(site.tracked.names):
+        if not self.fuse or site.kind != "outer" or not self.names.intersection(site.tracked.names):
             return {}
         like = site.tracked.real
         taps = {"dots": zero_tap(like, (self.train, self.count), site.dtype)}

@@ -213,7 +213,7 @@ def _joint(
     val_weight = 1.0 if axes.each_val or reduction == "sum" else 1.0 / m
     weights = torch.full((n + m,), 1.0 / n if grads else 1.0, dtype=torch.float64, device=device)
     weights[n:] = val_weight
-    products = Joint(call.names, n, m, axes.each_val)
+    products = Joint(call.names, n, m, axes.each_val, fuse=not call.lenient)
     result = call.contracted(
         products,
         join(train, val),

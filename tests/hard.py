@@ -328,6 +328,9 @@ HARD = [
     Case("assigned", _function(_assigned, w=(4, 3), constant=(2,))),
     Case("scripted", _function(lambda p, x: _scripted(x, p["w"]), w=(5, 4))),
     Case("autograd function", _function(lambda p, x: Scale.apply(x @ p["w"], p["s"]), w=(4, 4), s=(4,))),
+    Case("autograd function on a shared weight", _function(
+        lambda p, x: Scale.apply(F.linear(x, p["w"]), p["w"][0]), w=(4, 4)
+    )),
     Case("stacked", _function(lambda p, x: x @ torch.stack([p["a"], p["b"]], 1), a=(4,), b=(4,))),
     Case("batch in the middle", _function(lambda p, x: F.linear(x.transpose(0, 1), p["w"]).transpose(0, 1), w=(5, 4))),
     Case("batch last", _function(lambda p, x: (p["w"] @ x.permute(1, 2, 0)).permute(2, 0, 1), w=(5, 4))),
