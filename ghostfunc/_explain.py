@@ -16,8 +16,6 @@ from ghostfunc._products import Along, Joint
 from ghostfunc._run import Want, forward
 from ghostfunc._transforms import Params, match_layers
 
-_KINDS = {"outer": "Outer", "gather": "Gather", "dense": "Dense"}
-
 
 @dataclass(frozen=True)
 class Use:

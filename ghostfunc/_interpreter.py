@@ -37,8 +37,6 @@ _RANDOM = frozenset(
     "bernoulli multinomial normal rand randn randint randperm rand_like randn_like randint_like uniform rrelu "
     "gumbel_softmax poisson exponential".split()
 )
-
-
 _WRITES = frozenset("add iadd sub isub mul imul div itruediv".split())  # in-place operations that have a rule
 
 MakeFactor = Callable[[Tensor, Partition], Factor]

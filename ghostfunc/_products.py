@@ -92,12 +92,7 @@ class Joint:
     def products(self, result: Run, name: str) -> Tensor:
         """Dot products of a parameter, `[n, k]`, on the scale of the run's weights."""
         n, stop = self.train, self.train + self.val
-        sites = result.sites(name)
-        dots = _zeros(result, name, n, self.count)
-        for site in sites:
-            if site in result.fused:
-                dots = dots + result.fused[site]["dots"]
-        factors = {s: result.factors[s] for s in sites if s in result.factors}
+        dots, factors = _fused_and_kept(result, name, n, self.count)
         direct = all(s.tracked.derivation is None and not isinstance(f, Own) for s, f in factors.items())
         if not direct:
             return dots + self._through_directions(result, name, factors)
@@ -200,13 +195,7 @@ class Along:
 
     def products(self, result: Run, name: str) -> Tensor:
         """Dot products of a parameter, `[n, k]`, on the scale of the run's weights."""
-        dots = _zeros(result, name, self.train, self.count)
-        factors: dict[Site, Factor] = {}
-        for site in result.sites(name):
-            if site in result.fused:
-                dots = dots + result.fused[site]["dots"]
-            else:
-                factors[site] = result.factors[site]
+        dots, factors = _fused_and_kept(result, name, self.train, self.count)
         return dots + along_sites(result, name, factors, self.directions[name]) if factors else dots
 
 
@@ -261,14 +250,8 @@ class WithSamples:
 
     def products(self, result: Run, name: str) -> Tensor:
         """Dot products of a parameter, `[n, m]`, on the scale of the runs' weights."""
-        dots = _zeros(result, name, self.train, self.count)
+        dots, train = _fused_and_kept(result, name, self.train, self.count)
         val = {s: self.val.factors[s] for s in self.val.sites(name)}
-        train: dict[Site, Factor] = {}
-        for site in result.sites(name):
-            if site in result.fused:
-                dots = dots + result.fused[site]["dots"]
-            else:
-                train[site] = result.factors[site]
         if not train or not val:
             return dots
         if any(s.tracked.derivation is not None or isinstance(f, Own) for s, f in (*train.items(), *val.items())):
@@ -293,8 +276,13 @@ def _look_ups(site: Site) -> list[Site]:
     return before
 
 
-def _zeros(result: Run, name: str, n: int, count: int) -> Tensor:
+def _fused_and_kept(result: Run, name: str, n: int, count: int) -> tuple[Tensor, dict[Site, Factor]]:
+    """The products `[n, k]` that the backward has made of a parameter, and the factors that are left to contract."""
     leaf = result.leaves[name]
     sites = result.sites(name)
     dtype = sites[0].dtype if sites else torch.promote_types(leaf.dtype, torch.float32)
-    return torch.zeros(n, count, dtype=dtype, device=leaf.device)
+    dots = torch.zeros(n, count, dtype=dtype, device=leaf.device)
+    for site in sites:
+        if site in result.fused:
+            dots = dots + result.fused[site]["dots"]
+    return dots, {site: result.factors[site] for site in sites if site in result.factors}
