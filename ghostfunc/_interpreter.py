@@ -292,6 +292,7 @@ class Interpreter(TorchFunctionMode):
         self.lenient = lenient
         self.sites: list[Site] = []
         self.level = _functorch_level()
+        self.nested = self.level is not None
         self.dropout = dropout
         self.refuse_random = refuse_random
         self.tracked: list[Tracked] = []
@@ -309,6 +310,10 @@ class Interpreter(TorchFunctionMode):
     def leaves(self) -> dict[str, Tensor]:
         """The real parameters of this call, as leaves of its graph."""
         return {t.names[0]: t.real for t in self.tracked if t.derivation is None}
+
+    def leaf(self, tensor: Tensor) -> Tensor:
+        """A tensor that the backward of this call differentiates with respect to, with the values of another."""
+        return tensor.detach().requires_grad_()
 
     def _track(self, tracked: Tracked) -> Tracked:
         self.tracked.append(tracked)
@@ -342,6 +347,11 @@ class Interpreter(TorchFunctionMode):
     def find(self, tensor: Any) -> Tracked | None:
         """The tracked tensor that a sentinel stands for."""
         return self._by_id.get(id(tensor)) if isinstance(tensor, Tensor) else None
+
+    def value(self, tensor: Any) -> Any:
+        """What an operation computes with: the values of a tracked tensor; anything else as it is."""
+        tracked = self.find(tensor)
+        return tensor if tracked is None else tracked.real if self.nested else tracked.real.detach()
 
     def real(self, tensor: Any) -> Any:
         """The real tensor behind a sentinel; anything else as it is."""

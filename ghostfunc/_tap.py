@@ -1,0 +1,89 @@
+"""Taps: where the factors of an operation's parameters leave the backward.
+
+A rule runs its operation on the parameters' values, which carry no gradient of their own, and puts `Tap` behind the
+result: the identity, whose backward receives the grad-output g, makes the factor out of g and the saved activations,
+and returns what the site's treatment asks for, as the cotangents of the parameter and of zero inputs, the taps.
+
+Inside a functorch transform (an ensemble by `vmap`, `grad` or `jvp` of a result) no `autograd.Function` is needed: a
+zero tap is added to the result, its cotangent is g, and the factor is made after the backward, by operations that the
+outer transform sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.autograd import Function
+
+from ghostfunc._factors import Factor
+from ghostfunc._interpreter import Interpreter, Site, Tracked
+
+NO_RULE = object()  # what a rule returns for arguments that it does not know
+Rule = Callable[..., Any]  # rule(mode, func, *args, **kwargs) -> the operation's result, or NO_RULE
+
+
+class Use(NamedTuple):
+    """How an operation uses one tensor.
+
+    Attributes:
+        tracked: the tensor; None for one that no parameter is behind.
+        kind: "outer", "gather" or "dense": what `factor` makes.
+        factor: `factor(g, samples, *saved)`, the factor of all samples from the grad-output.
+        plain: `plain(g, *saved)`, the gradient over all samples, where there is a shorter way than through the factor.
+    """
+
+    tracked: Tracked | None
+    kind: str
+    factor: Callable[..., Factor]
+    plain: Callable[..., Tensor] | None = None
+
+
+class Tap(Function):
+    """The identity on an operation's result; its backward makes the factors of the tensors that the operation used."""
+
+    @staticmethod
+    def forward(ctx, out, uses, sites, saved, *differentiated):
+        ctx.uses, ctx.sites = uses, sites
+        ctx.save_for_backward(*saved)
+        return out.detach()  # its own tensor to autograd, so that the model may write to it
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        saved = ctx.saved_tensors
+        values: list[Tensor | None] = []
+        for use, site in zip(ctx.uses, ctx.sites, strict=True):
+            values += site.resolve(
+                grad,
+                lambda g, samples, use=use: use.factor(g, samples, *saved),
+                None if use.plain is None else lambda use=use: use.plain(grad, *saved),
+            )
+        return grad, None, None, None, *values
+
+
+def tapped(mode: Interpreter, op: str, out: Tensor, saved: tuple[Tensor, ...], *uses: Use) -> Tensor:
+    """The result of an operation with a tap behind it for each tracked tensor that the operation used.
+
+    Args:
+        mode: the interpreter.
+        op: the operation's name.
+        out: its result.
+        saved: the tensors that the factors are made of.
+        uses: how it used each tensor.
+
+    Returns:
+        The result, as `model_fn` is to see it.
+    """
+    uses = tuple(use for use in uses if use.tracked is not None)
+    sites: list[Site] = [mode.site(use.tracked, op, use.kind, out) for use in uses]  # type: ignore[arg-type]
+    if not sites:
+        return out
+    if not mode.nested:
+        differentiated = [t for site in sites for t in (site.tracked.real, *site.taps.values())]
+        return Tap.apply(out, uses, sites, saved, *differentiated)  # type: ignore[return-value]
+    tap = mode.leaf(out.new_zeros(out.shape))
+    for use, site in zip(uses, sites, strict=True):
+        site.taps = {"g": tap}
+        site.make = lambda g, samples, use=use: use.factor(g, samples, *saved)
+    return out + tap
