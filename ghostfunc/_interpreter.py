@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from ghostfunc._bodies import body
 from ghostfunc._contract import total
 from ghostfunc._errors import UnsupportedUse
 from ghostfunc._factors import Dense, Factor, Own, detached
@@ -363,6 +364,9 @@ class Interpreter(TorchFunctionMode):
 
     def call(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
         """Run one operation: through a rule where it uses a tracked tensor."""
+        if (steps := body(func)) is not None:  # each step comes back here
+            with self:
+                return steps(*args, **kwargs)
         name = op_name(func)
         if name in _DROPOUTS or name in _RANDOM or name == "scaled_dot_product_attention":
             args, kwargs = self._randomness(name, args, kwargs)
