@@ -21,6 +21,7 @@ from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from ghostfunc._factors import Dense, Factor, Gather, Outer, Own
+from ghostfunc._nesting import functorch_level
 
 _TILE_BYTES = 16 << 20
 _GRAM_BYTES = 256 << 20
@@ -134,7 +135,11 @@ def contract_outer(
     n, positions, p = left.shape
     given = isinstance(directions, Given)
     val_rows = 0 if isinstance(directions, Given) else directions.left.shape[0] * directions.left.shape[1]
-    best = best_order(n, positions, p, right.shape[2], directions.count, val_rows, given=given, want_grad=want_grad)
+    sizes = (n, positions, p, right.shape[2], directions.count, val_rows)
+    possible = orders(*sizes, given=given, want_grad=want_grad)
+    if functorch_level() is not None:  # a loop into reused buffers is no function of the outer transform's inputs
+        possible = [order for order in possible if order.name != "tile stream"]
+    best = min(possible, key=lambda order: order.cost)
     if best.name == "tile stream":
         return _tile_stream(left, right, directions, want_grad)
     grad = left.flatten(0, 1).t() @ right.flatten(0, 1) if want_grad else None  # [p, q]
@@ -190,7 +195,7 @@ def along(factor: Factor, directions: Inexact[Tensor, "k ..."]) -> Inexact[Tenso
         `[B, k]`.
     """
     if isinstance(factor, Outer):
-        return contract_outer(factor, Given(directions), want_grad=False)[0]
+        return contract_outer(factor, Given(directions.flatten(2)), want_grad=False)[0]
     if isinstance(factor, Gather):
         return torch.stack([(direction[factor.ids] * factor.g).sum((1, 2)) for direction in directions], 1)
     if isinstance(factor, Dense):

@@ -11,7 +11,7 @@ The gradient of sample b is the sum over uses of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Inexact, Int
@@ -122,9 +122,3 @@ class Own:
 
 Factor = Outer | Gather | Dense | Own
 
-
-def detached(factor: Factor) -> Factor:
-    """The factor without the graphs of its tensors."""
-    return replace(
-        factor, **{f.name: v.detach() for f in fields(factor) if isinstance(v := getattr(factor, f.name), Tensor)}
-    )

@@ -24,8 +24,9 @@ from torch.utils import _pytree as pytree
 from ghostfunc._bodies import body
 from ghostfunc._contract import total
 from ghostfunc._errors import UnsupportedUse
-from ghostfunc._factors import Dense, Factor, Own, detached
+from ghostfunc._factors import Dense, Factor, Own
 from ghostfunc._follow import follow
+from ghostfunc._nesting import functorch_level, leaf_at
 from ghostfunc._operations import LIKE_ANOTHER, is_in_place, op_name, tensors_in
 from ghostfunc._sample_axis import Lost, Partition, SampleAxis, samples_of, set_samples
 
@@ -258,7 +259,7 @@ class Site:
             return Own(self.own_axis.split(own), self.own_axis)
         if grad is None or self.make is None:
             return None
-        return detached(self.make(self.cast(grad), samples))
+        return self.make(self.cast(grad), samples)
 
 
 def zero_tap(like: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
@@ -284,6 +285,7 @@ class Interpreter(TorchFunctionMode):
         more_taps: Callable[[Site], dict[str, Tensor]] = lambda site: {},
         dtype: torch.dtype,
         lenient: bool = False,
+        nested: bool = False,
     ) -> None:
         super().__init__()
         self.samples = samples
@@ -292,15 +294,15 @@ class Interpreter(TorchFunctionMode):
         self.dtype = dtype
         self.lenient = lenient
         self.sites: list[Site] = []
-        self.level = _functorch_level()
-        self.nested = self.level is not None
+        self.level = functorch_level()
+        self.nested = nested
         self.dropout = dropout
         self.refuse_random = refuse_random
         self.tracked: list[Tracked] = []
         self._by_id: dict[int, Tracked] = {}
         self.random = False
         for name, param in params.items():
-            self._track(Tracked((name,), _leaf(param), _leaf(param)))
+            self._track(Tracked((name,), self.leaf(param), param if nested else self.leaf(param)))
 
     @property
     def sentinels(self) -> dict[str, Tensor]:
@@ -314,6 +316,9 @@ class Interpreter(TorchFunctionMode):
 
     def leaf(self, tensor: Tensor) -> Tensor:
         """A tensor that the backward of this call differentiates with respect to, with the values of another."""
+        if self.nested:
+            assert self.level is not None
+            return leaf_at(tensor, self.level)
         return tensor.detach().requires_grad_()
 
     def _track(self, tracked: Tracked) -> Tracked:
@@ -329,19 +334,23 @@ class Interpreter(TorchFunctionMode):
         site = Site(tracked, op, kind, dtype=dtype)
         site.width = out.shape[-1] if out.dim() else 1
         site.positions = out.numel() // max(1, site.width * self.samples)
-        site.taps["g"] = zero_tap(out, out.shape, out.dtype)
-        shape = tracked.real.shape
-        if kind == "dense":
-            site.taps["grad"] = zero_tap(out, (self.samples, *shape), dtype)
-            site.taps["own"] = zero_tap(out, shape, dtype)
-        site.taps |= self.more_taps(site)
+        if not self.nested:
+            site.taps = self._taps(site, out)
         tracked.sites.append(site)
         self.sites.append(site)
         return site
 
+    def _taps(self, site: Site, out: Tensor) -> dict[str, Tensor]:
+        taps = {"g": zero_tap(out, out.shape, out.dtype)}
+        shape = site.tracked.real.shape
+        if site.kind == "dense":
+            taps["grad"] = zero_tap(out, (self.samples, *shape), site.dtype)
+            taps["own"] = zero_tap(out, shape, site.dtype)
+        return taps | self.more_taps(site)
+
     def unsupported(self, message: str, names: tuple[str, ...], func: Callable, args: Any, kwargs: Any) -> Any:
         """A use that cannot be factored: refuse, or let the sentinels through for a backward of each sample."""
-        if not self.lenient:
+        if not self.lenient and not self.nested:
             raise UnsupportedUse(message, names)
         return func(*args, **kwargs)
 
@@ -395,7 +404,7 @@ class Interpreter(TorchFunctionMode):
 
     def _must_not_see(self, func: Callable, kwargs: Mapping[str, Any]) -> bool:
         """Uses that no rule can run: inside a functorch transform of the model's own, or writes."""
-        inside = _functorch_level() != self.level
+        inside = functorch_level() != self.level
         name = op_name(func)
         writes = name == "setitem" or kwargs.get("out") is not None or (is_in_place(func) and name not in _WRITES)
         return inside or (writes and torch.is_grad_enabled())
@@ -410,7 +419,8 @@ class Interpreter(TorchFunctionMode):
         randomness = RandomState.of(tracked[0].real.device) if random else None
         out = func(*real_args, **real_kwargs)
         results = tensors_in([out])
-        if not any(r.requires_grad for r in results):
+        differentiable = [r.requires_grad for r in (tensors_in([func(*args, **kwargs)]) if self.nested else results)]
+        if not any(differentiable):
             return out
         if len(pytree.tree_leaves(out)) < len(results):  # results in a container that cannot be opened
             return func(*args, **kwargs)
@@ -424,7 +434,7 @@ class Interpreter(TorchFunctionMode):
             same = next((t for t in tracked if t.real is result), None)
             if same is not None:
                 replacements[id(result)] = same.sentinel
-            elif result.requires_grad:
+            elif differentiable[index]:
                 isometric = (
                     len(tracked) == 1
                     and tracked[0].isometric
@@ -432,7 +442,7 @@ class Interpreter(TorchFunctionMode):
                     and result.numel() == tracked[0].real.numel()
                 )
                 how = Derivation(func, recipe_args, recipe_kwargs, index, 0 if single else len(results), randomness)
-                replacements[id(result)] = self._track(Tracked(names, _leaf(result), result, how, isometric)).sentinel
+                replacements[id(result)] = self._track(Tracked(names, self.leaf(result), result, how, isometric)).sentinel
         return pytree.tree_map(lambda leaf: replacements.get(id(leaf), leaf), out)
 
     # -- tensors of unknown origin
@@ -474,13 +484,5 @@ class Interpreter(TorchFunctionMode):
         return args, kwargs
 
 
-def _functorch_level() -> int | None:
-    return torch._C._functorch.maybe_current_level()  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def _training(args: Any, kwargs: Any, position: int) -> bool:
     return bool(kwargs.get("training", args[position] if len(args) > position else True))
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_()

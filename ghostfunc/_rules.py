@@ -20,6 +20,7 @@ from ghostfunc._errors import InteractingSamples, UnsupportedUse
 from ghostfunc._factors import Dense, Factor, Gather, Outer, Own
 from ghostfunc._interpreter import Interpreter
 from ghostfunc._operations import einsum_letters, is_in_place
+from ghostfunc._rules_conv import CONVOLUTIONS
 from ghostfunc._sample_axis import Partition, SampleAxis, samples_of
 from ghostfunc._tap import NO_RULE, Rule, Use, tapped
 
@@ -213,19 +214,19 @@ def _layer_norm(
     if any(p is not None and p.dtype != input.dtype for p in (weight, bias)):
         return NO_RULE
     shape = torch.Size(normalized_shape)
-    out, mean, rstd = torch.native_layer_norm(input, shape, mode.value(weight), mode.value(bias), eps)
+    out = F.layer_norm(input, shape, mode.value(weight), mode.value(bias), eps)
 
-    def scale(g: Tensor, samples: Partition, x: Tensor, mean: Tensor, rstd: Tensor) -> Factor:
-        return Dense(samples.sum_to(g * ((x - mean) * rstd).to(g.dtype), shape))
+    def scale(g: Tensor, samples: Partition, x: Tensor) -> Factor:
+        return Dense(samples.sum_to(g * F.layer_norm(x, shape, eps=eps).to(g.dtype), shape))
 
-    def shift(g: Tensor, samples: Partition, *_: Tensor) -> Factor:
+    def shift(g: Tensor, samples: Partition, x: Tensor) -> Factor:
         return Dense(samples.sum_to(g, shape))
 
     return tapped(
         mode,
         "layer_norm",
         out,
-        (input, mean, rstd),
+        (input,),
         Use(mode.find(weight), "dense", scale),
         Use(mode.find(bias), "dense", shift),
     )
@@ -361,6 +362,7 @@ RULES: dict[str, Rule] = {
     "einsum": _einsum,
     "embedding": _embedding,
     "layer_norm": _layer_norm,
+    **CONVOLUTIONS,
     **{name: _broadcast("add") for name in ("add", "radd", "iadd")},
     **{name: _broadcast("sub") for name in ("sub", "isub", "subtract")},
     "rsub": _broadcast("rsub"),

@@ -9,11 +9,13 @@ The plan (which sites are fused) is made between the two, when every use of ever
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from ghostfunc._contract import total
@@ -21,6 +23,7 @@ from ghostfunc._errors import InteractingSamples, UnsupportedUse
 from ghostfunc._factors import Dense, Factor, Own
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._interpreter import Interpreter, Site, Tracked
+from ghostfunc._nesting import functorch_level, own_level, readable, unrecorded, unwrapped
 from ghostfunc._rules import apply_rule
 from ghostfunc._sample_axis import Lost, Partition, RowMap, SampleAxis, samples_of, set_samples
 
@@ -95,8 +98,12 @@ class Run:
         if tracked.derivation is None:
             return direction
         if tracked.isometric:
-            with torch.no_grad():
+            with unrecorded():
                 return tracked.replay({name: direction})
+        if functorch_level() is not None:
+            values, derived, pullback = self._pullback(tracked, name)
+            zero = torch.zeros_like(derived)
+            return torch.func.vjp(lambda cotangent: pullback(cotangent)[0], zero)[1](direction.to(values.dtype))[0]
         with torch.enable_grad():
             leaf, derived = self._derived(tracked, name)
             cotangent = torch.zeros_like(derived, requires_grad=True)
@@ -110,12 +117,21 @@ class Run:
         """Gradients `[k, *derived]` with respect to a derived tensor as gradients `[k, *parameter]`."""
         if tracked.derivation is None:
             return gradients
+        if functorch_level() is not None:
+            _, derived, pullback = self._pullback(tracked, name)
+            return torch.stack([pullback(g.to(derived.dtype))[0] for g in gradients])
         with torch.enable_grad():
             leaf, derived = self._derived(tracked, name)
             pulled = [
                 torch.autograd.grad(derived, [leaf], g.to(derived.dtype), retain_graph=True)[0] for g in gradients
             ]
         return torch.stack(pulled)
+
+    def _pullback(self, tracked: Tracked, name: str) -> tuple[Tensor, Tensor, Callable]:
+        """The same inside a functorch transform: `(parameter, derived tensor, cotangent -> (gradient,))`."""
+        value = self.leaves[name]
+        derived, pullback = torch.func.vjp(lambda leaf: tracked.replay({**self.leaves, name: leaf}), value)
+        return value, derived, pullback
 
     def _derived(self, tracked: Tracked, name: str) -> tuple[Tensor, Tensor]:
         values = {key: leaf.detach() for key, leaf in self.leaves.items()}
@@ -140,18 +156,31 @@ def run(model_fn: ModelFn, params: Mapping[str, Tensor], batch: Any, samples: in
         UnsupportedUse: if a parameter's use is not accounted for.
         InteractingSamples: if a sample's loss depends on another sample.
     """
+    with own_level() as level:
+        return _run(model_fn, params, batch, samples, want, level)
+
+
+def _run(
+    model_fn: ModelFn, params: Mapping[str, Tensor], batch: Any, samples: int, want: Want, level: int | None
+) -> Run:
     mode, losses, aux, doubt = forward(model_fn, params, batch, samples, want)
+    if level is not None and doubt:
+        raise UnsupportedUse(
+            f"{doubt}, and inside a functorch transform (vmap, grad or jvp of the call) no probe of the backward can "
+            "tell the samples apart. Call it outside of the transform, or write the operation with ones that are followed.",
+            tuple(params),
+        )
     for site in mode.sites:
         site.train = want.train
         site.wants_grad = want.grads
         wanted = any(name in want.factors for name in site.tracked.names)
-        site.treatment = "factor" if wanted else "grad" if want.grads else "off"
+        site.treatment = "factor" if wanted or level is not None else "grad" if want.grads else "off"
         if doubt:
             site.treatment = "raw"
-    if not doubt:
+    if not doubt and level is None:
         want.plan([site for site in mode.sites if site.treatment == "factor"])
     with torch.autocast(losses.device.type, enabled=False):
-        result = _backward(mode, losses, want, doubt)
+        result = _backward(mode, losses, want, doubt, level)
     if doubt:
         _check_alone(model_fn, params, batch, samples, want, None if mode.random else losses.detach(), doubt)
     result.aux = aux
@@ -162,6 +191,7 @@ def forward(
     model_fn: ModelFn, params: Mapping[str, Tensor], batch: Any, samples: int, want: Want
 ) -> tuple[Interpreter, Tensor, Any, str]:
     """The forward of a run: `(interpreter, losses, aux, why samples must be probed or "")`."""
+    nested = functorch_level() is not None
     mode = Interpreter(
         params,
         samples,
@@ -171,13 +201,16 @@ def forward(
         more_taps=want.more_taps,
         dtype=want.dtype,
         lenient=want.lenient,
+        nested=nested,
     )
-    with torch.enable_grad(), mode:
+    # Only the math kernel of attention has a derivative of its backward.
+    kernels = sdpa_kernel(SDPBackend.MATH) if nested else nullcontext()
+    with torch.enable_grad(), kernels, mode:
         out = model_fn(mode.sentinels, pytree.tree_map_only(Tensor, lambda t: _carrying(t, samples), batch))
     losses, aux = out if want.has_aux else (out, None)
     check_losses(losses, samples, want.batches)
     doubt = _doubt(losses, mode.sites, samples)
-    aux = pytree.tree_map_only(Tensor, lambda t: mode.real(t).detach(), aux)
+    aux = pytree.tree_map_only(Tensor, lambda t: _out(mode.real(t), mode.level if nested else None), aux)
     return mode, mode.real(losses), aux, doubt
 
 
@@ -233,7 +266,7 @@ def check_losses(losses: Any, samples: int, batches: tuple[tuple[str, int], ...]
         )
     if not losses.is_floating_point():
         raise TypeError(f"model_fn returned losses of dtype {losses.dtype}; expected a floating-point dtype.")
-    if not bool(torch.isfinite(losses).all()):
+    if readable(losses) and not bool(torch.isfinite(losses).all()):
         raise ValueError(_not_finite(losses.detach(), batches or (("given", samples),)))
 
 
@@ -280,28 +313,39 @@ def _interaction(reason: str) -> str:
     )
 
 
-def _backward(mode: Interpreter, losses: Tensor, want: Want, doubt: str) -> Run:
+def _out(tensor: Tensor, level: int | None) -> Tensor:
+    """A value of a run as the caller gets it: without its graph, or as a value of the outer transform."""
+    return tensor.detach() if level is None else unwrapped(tensor, level)
+
+
+def _factor_out(factor: Factor, level: int | None) -> Factor:
+    tensors = {f.name: v for f in fields(factor) if isinstance(v := getattr(factor, f.name), Tensor)}
+    return replace(factor, **{name: _out(value, level) for name, value in tensors.items()})
+
+
+def _backward(mode: Interpreter, losses: Tensor, want: Want, doubt: str, level: int | None) -> Run:
+    from_factors = bool(doubt) or level is not None  # the gradient is summed after the backward, not inside it
     sites = [site for site in mode.sites if site.treatment != "off"]
     taps = [(site, name) for site in sites if site.treatment != "grad" for name in site.taps]
     leaves = mode.leaves
     inputs = [site.taps[name] for site, name in taps]
-    inputs += list(leaves.values()) if want.grads and not doubt else []
+    inputs += list(leaves.values()) if want.grads and not from_factors else []
     watched = mode.tracked
     inputs += [t.sentinel for t in watched]
     weights = torch.ones_like(losses) if want.weights is None else want.weights.to(losses)
-    keep = bool(doubt) or want.lenient
+    keep = bool(doubt) or want.lenient or mode.nested
     values: list[Tensor | None] = [None] * len(inputs)
     if losses.requires_grad:
-        values = list(torch.autograd.grad(losses, inputs, weights, allow_unused=True, retain_graph=keep))
+        values = list(torch.autograd.grad(losses, inputs, weights, allow_unused=True, retain_graph=keep, create_graph=mode.nested))
 
     cotangents: dict[Site, dict[str, Tensor | None]] = {site: {} for site in sites}
     for (site, name), value in zip(taps, values, strict=False):
         cotangents[site][name] = value
     uncounted = [t for t, value in zip(watched, values[len(values) - len(watched) :], strict=True) if value is not None]
-    if uncounted and not want.lenient:
+    if uncounted and not want.lenient and not mode.nested:
         _refuse(uncounted)
 
-    result = Run(losses.detach(), None, {}, mode.tracked, {}, {}, leaves)
+    result = Run(_out(losses, level), None, {}, mode.tracked, {}, {}, leaves)
     partitions: dict[Site, Partition] = {}
     if doubt:
         partitions = _probe(losses, weights, sites, cotangents, doubt, keep=want.lenient)
@@ -315,28 +359,28 @@ def _backward(mode: Interpreter, losses: Tensor, want: Want, doubt: str) -> Run:
             samples = partitions.get(site, site.axis)
             factor = None if not isinstance(samples, Partition) else site.factor(of_site, samples)
             if factor is not None:
-                result.factors[site] = factor
+                result.factors[site] = _factor_out(factor, level)
 
     if want.grads:
         count = len(leaves)
-        found = values[len(taps) : len(taps) + count] if not doubt else [None] * count
+        found = values[len(taps) : len(taps) + count] if not from_factors else [None] * count
         result.grads = {
             name: torch.zeros_like(leaf) if grad is None else grad
             for (name, leaf), grad in zip(leaves.items(), found, strict=True)
         }
-        if doubt:
+        if from_factors:
             for site, factor in result.factors.items():
                 _add_gradient(result, site.tracked, total(factor.part(0, want.train), site.tracked.real.shape))
     if uncounted:
-        _dense_by_backwards(mode, losses, weights, uncounted, want, result)
+        _dense_by_backwards(mode, losses, weights, uncounted, want, result, level)
     _pull_complex(result, want.dtype)
     if want.grads:
-        counted = {name for site in result.factors for name in site.tracked.names} if doubt else set()
+        counted = {name for site in result.factors for name in site.tracked.names} if from_factors else set()
         counted |= {name for tracked in uncounted for name in tracked.names}
         result.unused = tuple(
             name for name, grad in zip(leaves, found, strict=True) if grad is None and name not in counted
         )
-    if doubt:  # factors of parameters that only the gradient needed
+    if from_factors:  # factors of parameters that only the gradient needed
         result.factors = {s: f for s, f in result.factors.items() if any(n in want.factors for n in s.tracked.names)}
     return result
 
@@ -360,7 +404,13 @@ def _add_gradient(result: Run, tracked: Tracked, gradient: Tensor) -> None:
 
 
 def _dense_by_backwards(
-    mode: Interpreter, losses: Tensor, weights: Tensor, uncounted: list[Tracked], want: Want, result: Run
+    mode: Interpreter,
+    losses: Tensor,
+    weights: Tensor,
+    uncounted: list[Tracked],
+    want: Want,
+    result: Run,
+    level: int | None,
 ) -> None:
     """Per-sample gradients of parameters without a rule: one backward pass for each sample."""
     for site in mode.sites:
@@ -368,10 +418,15 @@ def _dense_by_backwards(
     rows: list[list[Tensor]] = [[] for _ in uncounted]
     for sample in range(len(losses)):
         found = torch.autograd.grad(
-            losses[sample], [t.sentinel for t in uncounted], weights[sample], allow_unused=True, retain_graph=True
+            losses[sample],
+            [t.sentinel for t in uncounted],
+            weights[sample],
+            allow_unused=True,
+            retain_graph=True,
+            create_graph=mode.nested,
         )
         for row, tracked, grad in zip(rows, uncounted, found, strict=True):
-            row.append(torch.zeros_like(tracked.sentinel) if grad is None else grad)
+            row.append(torch.zeros_like(tracked.real) if grad is None else _out(grad, level))
     for tracked, row in zip(uncounted, rows, strict=True):
         stacked = torch.stack(row)
         factor = Dense(stacked if stacked.is_complex() else stacked.to(want.dtype))

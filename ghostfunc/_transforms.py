@@ -19,6 +19,7 @@ from ghostfunc._batch import batch_size, cannot_join, join, plain
 from ghostfunc._factors import Factor
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._interpreter import DrewRandomNumbers, RandomState
+from ghostfunc._nesting import unrecorded
 from ghostfunc._products import Along, Joint, Products, WithSamples
 from ghostfunc._run import Run, Want, base_factor, run
 
@@ -130,7 +131,7 @@ def _arranged(columns: dict[str, Tensor], axes: _Axes, scale: int) -> Dots:
 
 
 def _product_columns(products: Products, result: Run, names: frozenset[str]) -> dict[str, Tensor]:
-    with torch.no_grad():
+    with unrecorded():
         return {name: products.products(result, name) for name in result.leaves if name in names}
 
 
@@ -278,7 +279,8 @@ def _one_direction(direction: Params, call: _Call) -> dict[str, Tensor]:
         given, expected = direction[name].shape, call.params[name].shape
         if given != expected:
             raise ValueError(f"direction[{name!r}] has shape {tuple(given)}; the parameter has {tuple(expected)}.")
-    return {name: direction[name].detach().to(call.dtype).unsqueeze(0) for name in call.names}
+    with unrecorded():
+        return {name: direction[name].to(call.dtype).unsqueeze(0) for name in call.names}
 
 
 def ghost_grad_dot(

@@ -1,0 +1,58 @@
+"""Calls inside other transforms: `torch.func`'s (a level of its own for our backward) and a compiler's (no values yet).
+
+Inside `torch.func.grad`, `vmap` or `jvp` of a function that calls ghostfunc, our backward runs at a functorch level of its
+own, above the outer transform's: what comes out of it is unwrapped, and is a function of the outer inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+from torch._C import _functorch as functorch
+from torch._functorch.eager_transforms import enable_inplace_requires_grad, grad_increment_nesting
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+
+def functorch_level() -> int | None:
+    """The innermost functorch transform that is running; None outside of any."""
+    return functorch.maybe_current_level()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@contextmanager
+def own_level() -> Iterator[int | None]:
+    """A functorch level for one of our backward passes, where a transform is running; None and no level elsewhere."""
+    if functorch_level() is None:
+        yield None
+    else:
+        with grad_increment_nesting() as level:
+            yield level
+
+
+def leaf_at(tensor: Tensor, level: int) -> Tensor:
+    """A tensor that a backward at this level differentiates with respect to; it depends on the outer inputs."""
+    with enable_inplace_requires_grad(True):
+        wrapped = functorch._wrap_for_grad(unwrapped(tensor, level), level)  # pyright: ignore[reportAttributeAccessIssue]
+        return wrapped.requires_grad_()
+
+
+def unwrapped(tensor: Tensor, level: int) -> Tensor:
+    """A result of a level as a value of the level below."""
+    return functorch._unwrap_for_grad(tensor, level)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def unrecorded() -> AbstractContextManager:
+    """`torch.no_grad()`, where no outer transform has to see what is computed."""
+    return torch.no_grad() if functorch_level() is None else nullcontext()
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether a tensor has values that can be looked at: not under `vmap`, nor while a compiler traces."""
+    while functorch.is_functorch_wrapped_tensor(tensor):  # pyright: ignore[reportAttributeAccessIssue]
+        if functorch.is_batchedtensor(tensor):  # pyright: ignore[reportAttributeAccessIssue]
+            return False
+        tensor = functorch.get_unwrapped(tensor)  # pyright: ignore[reportAttributeAccessIssue]
+    return not isinstance(tensor, (FakeTensor, FunctionalTensor))
