@@ -49,6 +49,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Mixtral": EXPERTS | {"num_local_experts": 4},
     "Qwen2Moe": EXPERTS | {"num_experts": 4, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20},
     "Qwen3Moe": EXPERTS | {"num_local_experts": 4, "moe_intermediate_size": 12},
+    "GptOss": EXPERTS | {
+        "num_local_experts": 4, "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "DeepseekV3": DECODER | {
+        "num_key_value_heads": 4, "q_lora_rank": 6, "kv_lora_rank": 6, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+        "v_head_dim": 6, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 2,
+        "topk_group": 1, "moe_intermediate_size": 12, "first_k_dense_replace": 1,
+    },
+    "Qwen3Next": EXPERTS | {
+        "num_experts": 4, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 4, "linear_value_head_dim": 4,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
     "Mamba": IDS | {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 3},
     "Mamba2": IDS | {
         "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 2,
@@ -176,6 +190,8 @@ LANGUAGE: list[ZooCase] = [
     language("Mpt", "untied", tie_word_embeddings=False),
     *(language(name, experts_implementation=kernel, padding=side)
       for name in MIXTURES for kernel in KERNELS for side in ("", "left")),
+    *(language(name, padding=side) for name in ("GptOss", "DeepseekV3") for side in ("", "left")),
+    *(language("Qwen3Next", experts_implementation=kernel, padding="right") for kernel in ("eager", "grouped_mm")),
     *(unfused(side) for side in ("", "right")),
     *(language(name, padding=side) for name in MASKED_STATES for side in ("", "left", "right")),
     *(language(name, padding=side) for name in UNMASKED_STATES for side in ("", "right")),
