@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ghostfunc._composites import COMPOSITES
 from ghostfunc._errors import InteractingSamples, UnsupportedUse
 from ghostfunc._factors import Dense, Factor, Gather, Outer, Own
 from ghostfunc._interpreter import Interpreter
 from ghostfunc._operations import einsum_letters, is_in_place
 from ghostfunc._rules_conv import CONVOLUTIONS
+from ghostfunc._rules_norm import NORMS
 from ghostfunc._sample_axis import Partition, SampleAxis, samples_of
 from ghostfunc._tap import NO_RULE, Rule, Use, tapped
 
@@ -363,11 +365,13 @@ RULES: dict[str, Rule] = {
     "embedding": _embedding,
     "layer_norm": _layer_norm,
     **CONVOLUTIONS,
+    **NORMS,
     **{name: _broadcast("add") for name in ("add", "radd", "iadd")},
     **{name: _broadcast("sub") for name in ("sub", "isub", "subtract")},
     "rsub": _broadcast("rsub"),
     **{name: _broadcast("mul") for name in ("mul", "rmul", "imul", "multiply")},
     **{name: _broadcast("div") for name in ("div", "truediv", "itruediv", "divide", "true_divide")},
+    **COMPOSITES,
 }
 
 
