@@ -1,7 +1,7 @@
-"""torch functions that arrive as one call and are Python inside: their own bodies run under the interpreter, step by step.
+"""torch functions that arrive as one call and are Python inside: their own bodies run under the interpreter.
 
-Such a function asks first whether a mode wants it, and hands itself over. Without that question its body is ordinary code,
-each step of which has a rule: the same numbers, masks, refusals and random draws as torch's, whatever the arguments.
+Such a function asks first whether a mode wants it, and hands itself over. Without that question its body is ordinary
+code, each step of which has a rule: the same numbers, masks, errors and random draws as torch's, for all arguments.
 """
 
 from __future__ import annotations
