@@ -160,9 +160,10 @@ def _use(site: Site, n: int, samples: int, m: int, joint: bool, probe: str) -> U
     kept = samples * site.positions * (site.width + width_in) * size
     if site.kind == "gather":
         return Use(site.op, "Gather", "grad-outputs kept", 0, kept, derived)
+    val_rows = m * site.positions if joint else 0
     order = best_order(
-        n, site.positions, shape[0], shape[1], 1, m * site.positions if joint else 0, given=not joint, want_grad=m > 0
-    )
+        n, site.positions, shape[0], shape[1:].numel(), 1, val_rows, given=not joint, want_grad=m > 0
+    )  # fmt: skip
     plain_step = 2 * n * site.positions * shape.numel() if m else 0
     if site.treatment == "fused" and not probe:
         return Use(site.op, "Outer", order.name, order.flops - plain_step, 0, derived)

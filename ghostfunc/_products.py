@@ -188,7 +188,7 @@ class Along:
             if site.tracked.derivation is not None:
                 with torch.no_grad():
                     given = torch.stack([site.tracked.replay({name: d}) for d in given])
-            dots, grad = contract_outer(factor, Given(given.to(site.dtype)), want_grad=site.wants_grad)
+            dots, grad = contract_outer(factor, Given(given.flatten(2).to(site.dtype)), want_grad=site.wants_grad)
             return None if grad is None else grad.view(site.tracked.real.shape), {"dots": dots}
 
         return contract
@@ -244,7 +244,7 @@ class WithSamples:
         def contract(factor: Factor) -> tuple[Tensor | None, dict[str, Tensor]]:
             assert isinstance(factor, Outer)
             dots, grad = contract_outer(factor, rows, want_grad=site.wants_grad)
-            return grad, {"dots": dots}
+            return None if grad is None else grad.view(site.tracked.real.shape), {"dots": dots}
 
         return contract
 
