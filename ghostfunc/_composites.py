@@ -60,7 +60,7 @@ def _attention(
 ) -> Any:
     """Attention with learned queries, keys, values or biases: native, behind the addition that `_as_data` makes."""
     operands = (query, key, value, attn_mask)
-    data = next(t for t in operands if samples_of(t) is not None)
+    data = next(t for t in operands if t is not None and samples_of(t) is not None)
     axis = samples_of(data)
     if not isinstance(axis, SampleAxis):
         return NO_RULE
@@ -174,8 +174,9 @@ def _one_direction(
     recur = _Product(mode, op, steps, x, w_hh, b_hh)
     project = None if w_hr is None else _Product(mode, op, steps, x, w_hr)
     outputs = list(inputs)
-    state, ended = first, []
-    for t in reversed(range(len(inputs))) if back else range(len(inputs)):
+    order = range(len(inputs))[:: -1 if back else 1]
+    state, ended = tuple(part[: len(inputs[order[0]])] for part in first), []
+    for t in order:
         rows = len(inputs[t])
         if rows < len(state[0]):  # the shortest of packed sequences have ended
             ended.insert(0, tuple(part[rows:] for part in state))

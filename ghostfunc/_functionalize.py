@@ -4,7 +4,8 @@
 arguments and nothing of the module changes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -72,9 +73,21 @@ def functionalize(
         _refuse_checkpointing(module)
         swapped = {prefix + name: tensor for name, tensor in params.items()}
         swapped |= {prefix + name: buffer.clone() for name, buffer in module.named_buffers()}
-        return loss(functional_call(wrapper, swapped, (batch,)), batch)
+        with _recurrent_layers_as_they_were(module):
+            return loss(functional_call(wrapper, swapped, (batch,)), batch)
 
     return model_fn, params
+
+
+@contextmanager
+def _recurrent_layers_as_they_were(module: nn.Module) -> Iterator[None]:
+    """Put back the lists of weights of recurrent layers: `functional_call` leaves the swapped tensors in them."""
+    lists = [(m, m._flat_weights, m._flat_weight_refs) for m in module.modules() if isinstance(m, nn.RNNBase)]
+    try:
+        yield
+    finally:
+        for layer, weights, references in lists:
+            layer._flat_weights, layer._flat_weight_refs = weights, references
 
 
 def _refuse_checkpointing(module: nn.Module) -> None:
