@@ -39,6 +39,7 @@ _RANDOM = frozenset(
     "bernoulli multinomial normal rand randn randint randperm rand_like randn_like randint_like uniform rrelu "
     "gumbel_softmax poisson exponential".split()
 )
+_RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())
 _WRITES = frozenset("add iadd sub isub mul imul div itruediv".split())  # in-place operations that have a rule
 
 MakeFactor = Callable[[Tensor, Partition], Factor]
@@ -377,7 +378,7 @@ class Interpreter(TorchFunctionMode):
             with self:
                 return steps(*args, **kwargs)
         name = op_name(func)
-        if name in _DROPOUTS or name in _RANDOM or name == "scaled_dot_product_attention":
+        if name in _DROPOUTS | _RANDOM | _RECURRENT or name == "scaled_dot_product_attention":
             args, kwargs = self._randomness(name, args, kwargs)
         tensors = tensors_in(args) + tensors_in(kwargs.values())
         tracked = [t for t in map(self.find, tensors) if t is not None]
@@ -470,6 +471,12 @@ class Interpreter(TorchFunctionMode):
                     **kwargs,
                     **({} if len(args) > 4 else {"dropout_p": 0.0}),
                 }
+        elif name in _RECURRENT:
+            at = 5 + (not isinstance(args[2], (tuple, list)))  # packed sequences come with their sizes
+            layers, p, training = args[at - 1 : at + 2]
+            draws = layers > 1 and p > 0 and training
+            if draws and not self.dropout:
+                return (*args[:at], 0.0, *args[at + 1 :]), kwargs
         else:
             draws = _training(args, kwargs, 2) and kwargs.get("p", args[1] if len(args) > 1 else 0.5) > 0
             if draws and not self.dropout:
