@@ -7,16 +7,19 @@ the batch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ghostfunc._axis_algebra import Op, agree, aligned, argument, ints, mixed, row_major, unknown
+from ghostfunc._letters import as_einsum
+from ghostfunc._nesting import readable
 from ghostfunc._operations import LIKE_ANOTHER, einsum_letters, is_in_place, op_name, tensors_in
-from ghostfunc._sample_axis import Lost, SampleAxis, Samples, samples_of, set_samples
+from ghostfunc._routing import ROUTING, assigned, mark_enumeration, moved
+from ghostfunc._sample_axis import Lost, SampleAxis, Samples, samples_of, scattered, set_samples
 
 _ELEMENTWISE = frozenset(
     """
@@ -103,85 +106,19 @@ _BATCH_FIRST = {  # operations that keep a leading batch dimension, with the ran
     "dropout2d": None,
     "dropout3d": None,
     "feature_alpha_dropout": None,
-    "prelu": None,
-    "bilinear": None,
 }
 
 
-def _mixed(name: str) -> Lost:
-    return Lost(f"samples meet in `{name}`", mixed=True)
-
-
-def _unknown(name: str) -> Lost:
-    return Lost(f"`{name}` is not known to keep samples apart", mixed=False)
-
-
-def _agree(name: str, found: Iterable[Samples]) -> Samples:
-    """One sample axis for a result out of those that its operands give it."""
-    result: Samples = None
-    for samples in found:
-        if isinstance(samples, Lost):
-            return samples
-        if samples is not None and result is not None and samples != result:
-            return _mixed(name)
-        result = result or samples
-    return result
-
-
-def _aligned(axis: Samples, tensor: Tensor, out: Tensor) -> Samples:
-    """The axis of an operand in a result that broadcasts it: dimensions count from the right."""
-    if not isinstance(axis, SampleAxis):
-        return axis
-    dim = axis.dim + out.dim() - tensor.dim()
-    if dim < 0 or out.shape[dim] != axis.size:
-        return _unknown("broadcasting")
-    return replace(axis, dim=dim)
-
-
 def _elementwise(name: str, tensors: Sequence[Tensor], out: Tensor) -> Samples:
-    return _agree(name, (_aligned(samples_of(t), t, out) for t in tensors))
-
-
-def _row_major(name: str, axis: SampleAxis, before: torch.Size, after: torch.Size) -> Samples:
-    """The axis after a reshape that keeps the row-major order of the entries."""
-    outer = math.prod(before[: axis.dim]) * axis.outer
-    inner = axis.inner * math.prod(before[axis.dim + 1 :])
-    ahead = 1
-    for dim, size in enumerate(after):
-        behind = math.prod(after[dim + 1 :])
-        if outer % ahead == 0 and inner % behind == 0:
-            new = SampleAxis(dim, axis.samples, outer // ahead, inner // behind)
-            if new.size == size:
-                return new
-        ahead *= size
-    return _unknown(name)
+    return agree(name, (aligned(samples_of(t), t, out) for t in tensors))
 
 
 def _without(axis: SampleAxis, dims: Iterable[int], rank: int, keep: bool, name: str) -> Samples:
     """The axis after a reduction over `dims`."""
     removed = {dim % rank for dim in dims}
     if axis.dim in removed:
-        return _mixed(name)
+        return mixed(name)
     return axis if keep else replace(axis, dim=axis.dim - sum(dim < axis.dim for dim in removed))
-
-
-def _ints(values: Iterable[Any]) -> list[int]:
-    found: list[int] = []
-    for value in values:
-        if isinstance(value, bool):
-            continue
-        if isinstance(value, int):
-            found.append(value)
-        elif isinstance(value, (tuple, list, torch.Size)):
-            found += _ints(value)
-    return found
-
-
-def _argument(args: Sequence[Any], kwargs: dict[str, Any], position: int, *names: str, default: Any = None) -> Any:
-    for name in names:
-        if name in kwargs:
-            return kwargs[name]
-    return args[position] if len(args) > position else default
 
 
 def _reduction(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Samples:
@@ -192,9 +129,9 @@ def _reduction(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Tens
     if not isinstance(axis, SampleAxis):
         return axis
     dims = kwargs.get("dim", kwargs.get("axis"))
-    dims = _ints([dims]) if dims is not None else _ints(args[1:])
+    dims = ints([dims]) if dims is not None else ints(args[1:])
     if not dims:
-        return _mixed(name)
+        return mixed(name)
     return _without(axis, dims, tensor.dim(), out.dim() == tensor.dim(), name)
 
 
@@ -203,8 +140,8 @@ def _norm(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -
     axis = samples_of(tensor)
     if not isinstance(axis, SampleAxis):
         return axis
-    dims = _ints([_argument(args, kwargs, 2, "dim")])
-    return _without(axis, dims, tensor.dim(), out.dim() == tensor.dim(), name) if dims else _mixed(name)
+    dims = ints([argument(args, kwargs, 2, "dim")])
+    return _without(axis, dims, tensor.dim(), out.dim() == tensor.dim(), name) if dims else mixed(name)
 
 
 def _permuted(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Samples:
@@ -214,12 +151,12 @@ def _permuted(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Samples
         return axis
     order = list(range(tensor.dim()))
     if name in ("transpose", "swapaxes", "swapdims"):
-        a, b = _ints(args[1:]) or _ints(kwargs.values())
+        a, b = ints(args[1:]) or ints(kwargs.values())
         order[a], order[b] = order[b], order[a]
     elif name == "permute":
-        order = [dim % tensor.dim() for dim in _ints(args[1:]) or _ints(kwargs.values())]
+        order = [dim % tensor.dim() for dim in ints(args[1:]) or ints(kwargs.values())]
     elif name in ("movedim", "moveaxis"):
-        source, target = ([d % tensor.dim() for d in _ints([part])] for part in args[1:3])
+        source, target = ([d % tensor.dim() for d in ints([part])] for part in args[1:3])
         rest = iter([dim for dim in order if dim not in source])
         placed = dict(zip(target, source, strict=True))
         order = [placed[dim] if dim in placed else next(rest) for dim in order]
@@ -237,18 +174,18 @@ def _matmul(name: str, a: Tensor, b: Tensor, out: Tensor) -> Samples:
             return axis
         dim = axis.dim - tensor.dim()  # from the right, as batch dimensions broadcast
         if tensor.dim() == 1 or dim == contracted:
-            return _mixed(name)
+            return mixed(name)
         if other.dim() == 1 and not (tensor is b and dim == -1):
             dim += 1  # a vector operand leaves no dimension of its own in the result
         return replace(axis, dim=out.dim() + dim)
 
-    return _agree(name, (in_result(a, b, -1), in_result(b, a, -2)))
+    return agree(name, (in_result(a, b, -1), in_result(b, a, -2)))
 
 
 def _einsum(args: Sequence[Any]) -> Samples:
     equation, operands = args[0], args[1:]
     if not isinstance(equation, str):
-        return _unknown("einsum")
+        return unknown("einsum")
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = operands[0]
     inputs, output = einsum_letters(equation, [t.dim() for t in operands])
@@ -257,160 +194,85 @@ def _einsum(args: Sequence[Any]) -> Samples:
         axis = samples_of(tensor)
         if isinstance(axis, SampleAxis):
             letter = letters[axis.dim]
-            axis = replace(axis, dim=output.index(letter)) if letter in output else _mixed("einsum")
+            axis = replace(axis, dim=output.index(letter)) if letter in output else mixed("einsum")
         found.append(axis)
-    return _agree("einsum", found)
+    return agree("einsum", found)
 
 
 def _cross_entropy(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Samples:
-    logits, target = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "target")
-    reduced = _argument(args, kwargs, 99, "reduction", default="mean") != "none"
+    logits, target = argument(args, kwargs, 0, "input"), argument(args, kwargs, 1, "target")
+    reduced = argument(args, kwargs, 99, "reduction", default="mean") != "none"
     axis = samples_of(logits)
     if isinstance(axis, SampleAxis):
         if reduced or (axis.dim == 1 and logits.dim() > 1) or logits.dim() == 1:
-            return _mixed(name)
+            return mixed(name)
         axis = replace(axis, dim=axis.dim - (axis.dim > 1))
     other = samples_of(target)
     if isinstance(other, SampleAxis):
         if reduced:
-            return _mixed(name)
+            return mixed(name)
         if target.dim() == logits.dim():  # class probabilities
-            other = replace(other, dim=other.dim - (other.dim > 1)) if other.dim != 1 else _mixed(name)
-    return _agree(name, (axis, other))
+            other = replace(other, dim=other.dim - (other.dim > 1)) if other.dim != 1 else mixed(name)
+    return agree(name, (axis, other))
 
 
 def _attention(args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Samples:
     name = "scaled_dot_product_attention"
     found: list[Samples] = []
     for position, key in enumerate(("query", "key", "value")):
-        tensor = _argument(args, kwargs, position, key)
+        tensor = argument(args, kwargs, position, key)
         axis = samples_of(tensor)
         if isinstance(axis, SampleAxis) and (axis.dim >= tensor.dim() - 2 or axis.size != out.shape[axis.dim]):
-            return _mixed(name)
+            return mixed(name)
         found.append(axis)
-    mask = _argument(args, kwargs, 3, "attn_mask")
+    mask = argument(args, kwargs, 3, "attn_mask")
     if isinstance(mask, Tensor):
         axis = samples_of(mask)
         if isinstance(axis, SampleAxis) and axis.dim >= mask.dim() - 2:
-            return _unknown(name)
-        found.append(_aligned(axis, mask, out))
-    return _agree(name, found)
+            return unknown(name)
+        found.append(aligned(axis, mask, out))
+    return agree(name, found)
 
 
 def _concatenation(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Samples:
-    tensors = _argument(args, kwargs, 0, "tensors")
-    dim = _argument(args, kwargs, 1, "dim", "axis", default=0) % out.dim()
+    tensors = argument(args, kwargs, 0, "tensors")
+    dim = argument(args, kwargs, 1, "dim", "axis", default=0) % out.dim()
     axes = [samples_of(t) for t in tensors]
     if name == "stack":
         moved = [replace(a, dim=a.dim + (a.dim >= dim)) if isinstance(a, SampleAxis) else a for a in axes]
-        return _agree(name, moved)
+        return agree(name, moved)
     if all(isinstance(a, SampleAxis) and a.dim == dim for a in axes):
         inner = {a.inner for a in axes}  # type: ignore[union-attr]
-        if len(inner) == 1:
+        if len(inner) == 1 and all(a.owners is None for a in axes):  # type: ignore[union-attr]
             return replace(axes[0], outer=sum(a.outer for a in axes))  # type: ignore[union-attr,type-var]
     if any(isinstance(a, SampleAxis) and a.dim == dim for a in axes):
-        return _unknown(name)
-    return _agree(name, axes)
+        if not all(a is None or (isinstance(a, SampleAxis) and a.dim == dim) for a in axes):
+            return unknown(name)
+        samples = next(a.samples for a in axes if isinstance(a, SampleAxis))
+        nobody = torch.full((out.shape[dim],), -1, device=out.device)
+        owners = [
+            a.of_index().to(out.device) if isinstance(a, SampleAxis) else nobody[: t.shape[dim]]
+            for a, t in zip(axes, tensors, strict=True)
+        ]
+        return scattered(dim, samples, torch.cat(owners))
+    return agree(name, axes)
 
 
-def _parts(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Samples:
+def _parts(op: Op) -> Samples:
     """chunk, split, unbind, select, narrow: the axis of each part."""
+    name, args, kwargs = op.name, op.args, op.kwargs
     tensor = args[0]
     axis = samples_of(tensor)
     if not isinstance(axis, SampleAxis):
         return axis
     position = 1 if name in ("unbind", "select", "narrow") else 2
-    dim = _argument(args, kwargs, position, "dim", default=0) % tensor.dim()
+    dim = argument(args, kwargs, position, "dim", default=0) % tensor.dim()
     if dim == axis.dim:
-        return _unknown(name)
+        if name in ("unbind", "select"):
+            return unknown(name)
+        start = args[2] if name == "narrow" else sum(part.shape[dim] for part in op.results[: op.index])
+        return scattered(dim, axis.samples, axis.of_index()[start : start + op.out.shape[dim]])
     return replace(axis, dim=axis.dim - (dim < axis.dim)) if name in ("unbind", "select") else axis
-
-
-def _along_index(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Samples:
-    """index_select, gather, scatter, take_along_dim: rows along another dimension than the samples'."""
-    tensor = args[0]
-    axis = samples_of(tensor)
-    dim = _argument(args, kwargs, 1, "dim", default=None)
-    others = [t for t in [*args[1:], *kwargs.values()] if isinstance(t, Tensor)]
-    if name == "take_along_dim":
-        dim = _argument(args, kwargs, 2, "dim")
-    if dim is None:
-        return _unknown(name)
-    dim %= max(tensor.dim(), 1)
-    if isinstance(axis, SampleAxis) and (dim == axis.dim or out.shape[axis.dim] != axis.size):
-        return _unknown(name)
-    found = [axis]
-    for other in others:
-        samples = samples_of(other)
-        if isinstance(samples, SampleAxis) and (name == "index_select" or samples.dim == dim):
-            return _unknown(name)
-        found.append(samples)
-    return _agree(name, found)
-
-
-def _is_enumeration(index: Tensor, samples: int) -> bool:
-    return index.numel() == samples and bool(
-        (index.reshape(-1) == torch.arange(samples, device=index.device)).all().item()
-    )
-
-
-def _getitem(tensor: Tensor, index: Any, out: Tensor) -> Samples:
-    """Indexing: slices and None keep the samples' dimension; integer tensors may gather within each sample."""
-    name = "indexing"
-    items = list(index) if isinstance(index, tuple) else [index]
-    items = [torch.as_tensor(item) if isinstance(item, (list, range)) else item for item in items]
-    axis = samples_of(tensor)
-    if isinstance(axis, Lost):
-        return axis
-    used = sum(item is not None and item is not Ellipsis for item in items)
-    if any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in items):
-        return _unknown("indexing with a mask")
-    if Ellipsis not in [i for i in items if not isinstance(i, Tensor)]:
-        items.append(Ellipsis)
-    place = next(k for k, i in enumerate(items) if i is Ellipsis)
-    items[place : place + 1] = [slice(None)] * (tensor.dim() - used)
-
-    advanced = [k for k, i in enumerate(items) if isinstance(i, Tensor)]
-    shape = torch.broadcast_shapes(*(items[k].shape for k in advanced)) if advanced else torch.Size()
-    adjacent = bool(advanced) and advanced == list(range(advanced[0], advanced[-1] + 1))
-    found: list[Samples] = []
-    source, target = 0, 0
-    start = None  # where the gathered dimensions stand in the result
-    if advanced and not adjacent:
-        start, target = 0, len(shape)
-    at_axis: Tensor | None = None
-    for item in items:
-        if item is None:
-            target += 1
-            continue
-        here = isinstance(axis, SampleAxis) and axis.dim == source
-        if isinstance(item, Tensor):
-            if start is None:
-                start, target = target, target + len(shape)
-            if here:
-                at_axis = item
-        elif isinstance(item, slice):
-            if here:
-                if item.indices(tensor.shape[source]) != (0, tensor.shape[source], 1):
-                    return _unknown(name)
-                found.append(replace(axis, dim=target))  # type: ignore[type-var]
-            target += 1
-        elif here:
-            return _unknown("indexing one entry of the samples' dimension")
-        source += 1
-    if at_axis is not None:
-        assert isinstance(axis, SampleAxis) and start is not None
-        if axis.outer * axis.inner != 1 or not _is_enumeration(at_axis, axis.samples):
-            return _unknown(name)
-        long = [d for d, size in enumerate(at_axis.shape) if size == axis.samples]
-        found.append(SampleAxis(start + len(shape) - at_axis.dim() + long[0], axis.samples))
-    for k in advanced:
-        samples = samples_of(items[k])
-        if isinstance(samples, SampleAxis):
-            assert start is not None
-            samples = replace(samples, dim=start + len(shape) - items[k].dim() + samples.dim)
-        found.append(samples)
-    return _agree(name, found)
 
 
 def _repeated(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Samples:
@@ -419,12 +281,16 @@ def _repeated(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Tenso
     if not isinstance(axis, SampleAxis):
         return axis
     if name == "repeat_interleave":
-        times, dim = _argument(args, kwargs, 1, "repeats"), _argument(args, kwargs, 2, "dim")
-        if dim is None or not isinstance(times, int):
-            return _unknown(name)
-        return replace(axis, inner=axis.inner * times) if dim % tensor.dim() == axis.dim else axis
+        times, dim = argument(args, kwargs, 1, "repeats"), argument(args, kwargs, 2, "dim")
+        if dim is None:
+            return unknown(name)
+        if dim % tensor.dim() != axis.dim:
+            return axis if isinstance(times, int) or samples_of(times) is None else unknown(name)
+        if not isinstance(times, int) and not readable(times):
+            return unknown(name)
+        return scattered(axis.dim, axis.samples, axis.of_index().repeat_interleave(times))
     dim = axis.dim + out.dim() - tensor.dim()
-    return replace(axis, dim=dim, outer=axis.outer * (out.shape[dim] // axis.size))
+    return scattered(dim, axis.samples, axis.of_index().repeat(out.shape[dim] // axis.size))
 
 
 def _norm_layer(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Samples:
@@ -432,104 +298,151 @@ def _norm_layer(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Sampl
     axis = samples_of(tensor)
     if not isinstance(axis, SampleAxis):
         return axis
-    rank = len(_ints([_argument(args, kwargs, 1, "normalized_shape")]))
-    return axis if axis.dim < tensor.dim() - rank else _mixed(name)
+    rank = len(ints([argument(args, kwargs, 1, "normalized_shape")]))
+    return axis if axis.dim < tensor.dim() - rank else mixed(name)
 
 
-class _Op(NamedTuple):
-    """One call of an operation, and one of its results."""
-
-    name: str
-    args: Sequence[Any]
-    kwargs: dict[str, Any]
-    tensors: list[Tensor]
-    out: Tensor
-
-    @property
-    def axis(self) -> Samples:
-        """What the first argument carries."""
-        return samples_of(self.args[0] if self.args else self.tensors[0])
+def _reshaped(op: Op) -> Samples:
+    return row_major(op.name, op.axis, op.args[0].shape, op.out.shape) if isinstance(op.axis, SampleAxis) else op.axis
 
 
-def _reshaped(op: _Op) -> Samples:
-    return _row_major(op.name, op.axis, op.args[0].shape, op.out.shape) if isinstance(op.axis, SampleAxis) else op.axis
-
-
-def _along(op: _Op) -> Samples:
+def _along(op: Op) -> Samples:
     """Operations along dimensions that keep their place: softmax, sort, cumsum, flip."""
     position, default = _ALONG[op.name]
     axis = op.axis
     if not isinstance(axis, SampleAxis):
         return axis
-    dims = _ints([_argument(op.args, op.kwargs, position, "dim", "dims", "axis", "dimension", default=default)])
-    dims = _ints(op.args[1:]) or dims if op.name == "flip" else dims
+    dims = ints([argument(op.args, op.kwargs, position, "dim", "dims", "axis", "dimension", default=default)])
+    dims = ints(op.args[1:]) or dims if op.name == "flip" else dims
     if dims and axis.dim not in {d % op.args[0].dim() for d in dims}:
         return axis
-    return _unknown(op.name) if op.name in _MOVES else _mixed(op.name)
+    return moved(op) if op.name in _MOVES else mixed(op.name)
 
 
-def _added_matmul(op: _Op) -> Samples:
+def _added_matmul(op: Op) -> Samples:
     first, a, b = op.tensors[:3]
-    return _agree(op.name, (_aligned(samples_of(first), first, op.out), _matmul(op.name, a, b, op.out)))
+    return agree(op.name, (aligned(samples_of(first), first, op.out), _matmul(op.name, a, b, op.out)))
 
 
-def _linear(op: _Op) -> Samples:
-    axis = op.axis
-    if isinstance(axis, SampleAxis) and axis.dim == op.args[0].dim() - 1:
-        return _mixed(op.name)
-    return _agree(op.name, (axis, *(_unknown(op.name) for t in op.tensors[1:] if samples_of(t) is not None)))
+def _linear(op: Op) -> Samples:
+    x, weight, *bias = op.tensors
+    product = op.axis
+    if samples_of(weight) is not None:
+        blocks = "s" if op.name == "block_linear" else ""
+        product = _einsum((f"...{blocks}i,{blocks}oi->...{blocks}o", x, weight))
+    elif isinstance(product, SampleAxis) and product.dim == x.dim() - 1:
+        return mixed(op.name)
+    return agree(op.name, (product, *(unknown(op.name) for t in bias if samples_of(t) is not None)))
 
 
-def _looked_up(op: _Op) -> Samples:
+def _looked_up(op: Op) -> Samples:
     """embedding(ids, table), torch.embedding(table, ids), one_hot(ids): the axis of the ids."""
     ids = next(t for t in op.tensors if not t.is_floating_point())
     others = any(samples_of(t) is not None for t in op.tensors if t is not ids)
-    return _unknown(op.name) if others else samples_of(ids)
+    return unknown(op.name) if others else samples_of(ids)
 
 
-def _batch_norm(op: _Op) -> Samples:
-    training = _argument(op.args, op.kwargs, 5, "training", default=False)
-    if training or _argument(op.args, op.kwargs, 1, "running_mean") is None:
-        return _mixed("batch_norm in training mode")
+def _batch_norm(op: Op) -> Samples:
+    training = argument(op.args, op.kwargs, 5, "training", default=False)
+    if training or argument(op.args, op.kwargs, 1, "running_mean") is None:
+        return mixed("batch_norm in training mode")
     return op.axis
 
 
-def _batch_first(op: _Op) -> Samples:
+def _batch_first(op: Op) -> Samples:
     axis, rank = op.axis, _BATCH_FIRST[op.name]
     if not isinstance(axis, SampleAxis):
         return axis
     plain = (rank is None or op.args[0].dim() == rank) and axis.dim == 0 and axis.size == op.out.shape[0]
     others = [t for t in op.tensors if t is not op.args[0] and samples_of(t) is not None]
-    return axis if plain and all(samples_of(t) == axis for t in others) else _unknown(op.name)
+    return axis if plain and all(samples_of(t) == axis for t in others) else unknown(op.name)
 
 
-def _padded(op: _Op) -> Samples:
+def _prelu(op: Op) -> Samples:
+    """The axis of the data, unless a slope for each channel meets samples as channels."""
+    axis, slopes = op.axis, op.tensors[1]
+    in_channels = isinstance(axis, SampleAxis) and axis.dim == 1 and slopes.numel() > 1
+    return unknown(op.name) if in_channels or samples_of(slopes) is not None else axis
+
+
+def _bilinear(op: Op) -> Samples:
+    """Every dimension but the last is a dimension of both inputs and of the result."""
+    if any(samples_of(t) is not None for t in op.tensors[2:]):
+        return unknown(op.name)
+    axes = [samples_of(t) for t in op.tensors[:2]]
+    last = op.tensors[0].dim() - 1
+    return agree(op.name, (mixed(op.name) if isinstance(a, SampleAxis) and a.dim == last else a for a in axes))
+
+
+def _bags(op: Op) -> Samples:
+    """embedding_bag: the first dimension of ids `[B, L]`."""
+    ids = next(t for t in op.tensors if not t.is_floating_point())
+    table = _looked_up(op)
+    return table if ids.dim() == 2 and isinstance(table, SampleAxis) and table.dim == 0 else unknown(op.name)
+
+
+def _distances(op: Op) -> Samples:
+    """Cdist of `[..., P, d]` and `[..., R, d]`: `[..., P, R]`."""
+    found: list[Samples] = []
+    for tensor, of_rows in zip(op.tensors[:2], (-2, -1), strict=True):
+        axis = samples_of(tensor)
+        if isinstance(axis, SampleAxis):
+            dim = axis.dim - tensor.dim()
+            dim = of_rows if dim == -2 else dim
+            axis = mixed(op.name) if axis.dim == tensor.dim() - 1 else replace(axis, dim=op.out.dim() + dim)
+        found.append(axis)
+    return agree(op.name, found)
+
+
+def _padded(op: Op) -> Samples:
     axis = op.axis
     if not isinstance(axis, SampleAxis):
         return axis
-    amounts = _ints([_argument(op.args, op.kwargs, 1, "pad")])  # (before, after), from the last dimension backward
+    amounts = ints([argument(op.args, op.kwargs, 1, "pad")])  # (before, after), from the last dimension backward
     at = 2 * (op.args[0].dim() - 1 - axis.dim)
-    return _unknown(op.name) if any(amounts[at : at + 2]) else axis
+    return unknown(op.name) if any(amounts[at : at + 2]) else axis
 
 
-def _pointwise_loss(op: _Op) -> Samples:
-    if _argument(op.args, op.kwargs, 99, "reduction", default="mean") == "none":
+def _pointwise_loss(op: Op) -> Samples:
+    if argument(op.args, op.kwargs, 99, "reduction", default="mean") == "none":
         return _elementwise(op.name, op.tensors, op.out)
-    return _mixed(op.name)
+    return mixed(op.name)
 
 
-def _cosine_similarity(op: _Op) -> Samples:
+def _cosine_similarity(op: Op) -> Samples:
     wide = torch.broadcast_tensors(*op.tensors[:2])[0]
     axis = _elementwise(op.name, op.tensors[:2], wide)
-    dim = _argument(op.args, op.kwargs, 2, "dim", default=1)
+    dim = argument(op.args, op.kwargs, 2, "dim", default=1)
     return _without(axis, [dim], wide.dim(), False, op.name) if isinstance(axis, SampleAxis) else axis
 
 
-def _rows(names: str, rule: Callable[[_Op], Samples]) -> dict[str, Callable[[_Op], Samples]]:
+def _recurrent(op: Op) -> Samples:
+    """lstm, gru, rnn: `[T, B, d]`, or `[B, T, d]` for the input and the first result, and states `[layers, B, d]`."""
+    x, batch_first = op.args[0], op.args[-1]
+    if not isinstance(op.args[2], (tuple, list)):  # packed sequences
+        return unknown(op.name)
+    found = []
+    for tensor in tensors_in(op.args[:2]):
+        axis = samples_of(tensor)
+        if isinstance(axis, SampleAxis):
+            at = 0 if tensor is x and batch_first else 1
+            axis = replace(axis, dim=0 if op.index == 0 and batch_first else 1) if axis.dim == at else unknown(op.name)
+        found.append(axis)
+    return agree(op.name, found)
+
+
+def _cell(op: Op) -> Samples:
+    """lstm_cell, gru_cell and rnn_cell: everything is `[B, d]`."""
+    found = [samples_of(t) for t in op.tensors]
+    away = any(isinstance(axis, SampleAxis) and axis.dim != 0 for axis in found)
+    return unknown(op.name) if away else agree(op.name, found)
+
+
+def _rows(names: str, rule: Callable[[Op], Samples]) -> dict[str, Callable[[Op], Samples]]:
     return dict.fromkeys(names.split(), rule)
 
 
-_RULES: dict[str, Callable[[_Op], Samples]] = {
+_RULES: dict[str, Callable[[Op], Samples]] = {
     **dict.fromkeys(_ELEMENTWISE, lambda op: _elementwise(op.name, op.tensors, op.out)),
     **dict.fromkeys(_ROW_MAJOR, _reshaped),
     **dict.fromkeys(_REDUCTIONS, lambda op: _reduction(op.name, op.args, op.kwargs, op.out)),
@@ -543,13 +456,19 @@ _RULES: dict[str, Callable[[_Op], Samples]] = {
     ),
     **_rows(
         "matmul mm bmm mv dot",
-        lambda op: _matmul(op.name, op.args[0], _argument(op.args, op.kwargs, 1, "other", "mat2"), op.out),
+        lambda op: _matmul(op.name, op.args[0], argument(op.args, op.kwargs, 1, "other", "mat2"), op.out),
     ),
     "rmatmul": lambda op: _matmul(op.name, op.args[1], op.args[0], op.out),
     **_rows("addmm baddbmm", _added_matmul),
-    "addbmm": lambda op: _mixed(op.name),
+    "addbmm": lambda op: mixed(op.name),
     "einsum": lambda op: _einsum(op.args),
-    "linear": _linear,
+    **_rows("tensordot inner outer ger", lambda op: _einsum(as_einsum(op.name, op.args, op.kwargs))),
+    "addmv": _added_matmul,
+    "bilinear": _bilinear,
+    "cdist": _distances,
+    **_rows("linear block_linear", _linear),
+    "embedding_bag": _bags,
+    "prelu": _prelu,
     **_rows("embedding one_hot", _looked_up),
     **_rows("layer_norm rms_norm", lambda op: _norm_layer(op.name, op.args, op.kwargs)),
     "batch_norm": _batch_norm,
@@ -560,19 +479,20 @@ _RULES: dict[str, Callable[[_Op], Samples]] = {
     **_rows("cat concat concatenate stack", lambda op: _concatenation(op.name, op.args, op.kwargs, op.out)),
     **_rows(
         "chunk split split_with_sizes tensor_split unbind select narrow",
-        lambda op: _parts(op.name, op.args, op.kwargs),
+        _parts,
     ),
-    **_rows(
-        "index_select gather take_along_dim scatter scatter_add index_add index_fill",
-        lambda op: _along_index(op.name, op.args, op.kwargs, op.out),
-    ),
-    "getitem": lambda op: _getitem(op.args[0], op.args[1], op.out),
+    **ROUTING,
+    "where": lambda op: ROUTING["nonzero"](op) if len(op.args) == 1 else _elementwise(op.name, op.tensors, op.out),
     **_rows("repeat repeat_interleave tile", lambda op: _repeated(op.name, op.args, op.kwargs, op.out)),
     **_rows("view_as_real view_as_complex", lambda op: op.axis),
+    **_rows("lstm gru rnn_tanh rnn_relu", _recurrent),
+    **_rows("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell", _cell),
 }
 
 
-def follow(func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any, samples: int) -> None:
+def follow(
+    func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any, samples: int, notes: list[str]
+) -> None:
     """Let the results of an operation carry the samples that its operands carry.
 
     Args:
@@ -581,8 +501,10 @@ def follow(func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any
         kwargs: its keyword arguments.
         out: what it returned.
         samples: the number of samples in the batch.
+        notes: takes why integers of the whole batch decided what a sample goes through.
     """
     name = op_name(func)
+    mark_enumeration(name, args, out)
     tensors = tensors_in(args) + tensors_in(kwargs.values())
     if name in LIKE_ANOTHER:
         tensors = tensors[:1]
@@ -590,37 +512,30 @@ def follow(func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any
     if not carried or name in _CONSTANT:
         return
     if name == "setitem":
-        _follow_write(args[0], _assigned(args, tensors))
+        op = Op(name, args, kwargs, tensors, args[0], 0, [], notes)
+        _follow_write(args[0], SampleAxis(0, 1) if samples == 1 else assigned(op))
         return
     results = tensors_in([out])
     if not results:
         return
-    rule = _RULES.get(name, lambda op: _unknown(op.name))
+    rule = _RULES.get(name, lambda op: unknown(op.name))
+    if name in ROUTING:  # an index has no gradient; what it does to samples, its rule finds
+        carried = [samples_of(t) for k, t in enumerate(tensors) if k == 0 or t.is_floating_point()]
     lost = next((s for s in carried if isinstance(s, Lost)), None)
-    for result in results:
+    for index, result in enumerate(results):
         if lost is not None:
             found: Samples = lost
         elif samples == 1 and name != "batch_norm":
             found = SampleAxis(0, 1)
         else:
             try:
-                found = rule(_Op(name, args, kwargs, tensors, result))
+                found = rule(Op(name, args, kwargs, tensors, result, index, results, notes))
             except (AssertionError, IndexError, KeyError, StopIteration, TypeError, ValueError):
-                found = _unknown(name)  # an unusual call: the probe decides
+                found = unknown(name)  # an unusual call: the probe decides
         if is_in_place(func) or kwargs.get("out") is not None:
             _follow_write(result, found)
         else:
             set_samples(result, found)
-
-
-def _assigned(args: Sequence[Any], tensors: Sequence[Tensor]) -> Samples:
-    """What a tensor carries after `tensor[index] = value`."""
-    target, _, value = args
-    kept = samples_of(target)
-    index_carries = any(samples_of(t) is not None for t in tensors if t is not target and t is not value)
-    if kept is not None and samples_of(value) is None and not index_carries:
-        return kept
-    return _unknown("assignment to a part of a tensor")
 
 
 def _follow_write(tensor: Tensor, samples: Samples) -> None:
@@ -628,4 +543,4 @@ def _follow_write(tensor: Tensor, samples: Samples) -> None:
     set_samples(tensor, samples)
     base = tensor._base
     if base is not None and samples_of(base) != samples:
-        set_samples(base, _unknown("an in-place operation on a view"))
+        set_samples(base, unknown("an in-place operation on a view"))

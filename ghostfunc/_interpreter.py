@@ -26,9 +26,9 @@ from ghostfunc._contract import total
 from ghostfunc._errors import UnsupportedUse
 from ghostfunc._factors import Dense, Factor, Own
 from ghostfunc._follow import follow
-from ghostfunc._nesting import functorch_level, leaf_at
+from ghostfunc._nesting import functorch_level, leaf_at, readable
 from ghostfunc._operations import LIKE_ANOTHER, is_in_place, op_name, tensors_in
-from ghostfunc._sample_axis import Lost, Partition, SampleAxis, samples_of, set_samples
+from ghostfunc._sample_axis import Lost, Partition, SampleAxis, Samples, samples_of, set_samples
 
 _ISOMETRIES = frozenset(
     "t transpose swapaxes permute movedim view reshape flatten unflatten squeeze unsqueeze contiguous clone alias "
@@ -300,8 +300,10 @@ class Interpreter(TorchFunctionMode):
         self.dropout = dropout
         self.refuse_random = refuse_random
         self.tracked: list[Tracked] = []
+        self.notes: list[str] = []  # why integers of the whole batch decided what a sample goes through
         self._by_id: dict[int, Tracked] = {}
         self.random = False
+        self.dtypes: set[torch.dtype] = set()  # that results had
         for name, param in params.items():
             self._track(Tracked((name,), self.leaf(param), param if nested else self.leaf(param)))
 
@@ -370,7 +372,16 @@ class Interpreter(TorchFunctionMode):
         return tensor if tracked is None else tracked.real
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.call(func, *args, **(kwargs or {}))
+        out = self.call(func, *args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.dtypes.add(out.dtype)
+        return out
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The dtype of the fewest digits that an operation's result had."""
+        floating = [dtype.to_real() for dtype in self.dtypes if dtype.is_floating_point or dtype.is_complex]
+        return max(floating, key=lambda dtype: torch.finfo(dtype).eps, default=self.dtype)
 
     def call(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
         """Run one operation: through a rule where it uses a tracked tensor."""
@@ -386,21 +397,24 @@ class Interpreter(TorchFunctionMode):
             return func(*args, **kwargs)  # on the sentinels: the backward will find them
         if not tracked or not torch.is_grad_enabled():
             out = func(*args, **kwargs)
-            follow(func, args, kwargs, out, self.samples)
+            follow(func, args, kwargs, out, self.samples, self.notes)
             self._doubt_foreign(tensors, out)
             return out
         if name in LIKE_ANOTHER and self.find(args[0]) is not None:
             args = (args[0], *(a.detach() if isinstance(a, Tensor) else a for a in args[1:]))
             return self._derive(func, args, kwargs, tracked)
+        if name == "getitem" and self.find(args[0]) is not None:
+            args = (args[0], self._numbers(args[1]))
+            tensors = tensors_in(args)
         if all(samples_of(t) is None for t in tensors) and not self._foreign(tensors):
             return self._derive(func, args, kwargs, tracked)
         before = len(self.sites)
         out = self.apply_rule(self, name, func, args, kwargs)
-        follow(func, args, kwargs, out, self.samples)
+        follow(func, args, kwargs, out, self.samples, self.notes)
         self._doubt_foreign(tensors, out)
         for site in self.sites[before:]:
             if site.axis is None:
-                site.axis = samples_of(next(iter(tensors_in([out]))))
+                site.axis = self._known(samples_of(next(iter(tensors_in([out])))))
         return out
 
     def _must_not_see(self, func: Callable, kwargs: Mapping[str, Any]) -> bool:
@@ -409,6 +423,25 @@ class Interpreter(TorchFunctionMode):
         name = op_name(func)
         writes = name == "setitem" or kwargs.get("out") is not None or (is_in_place(func) and name not in _WRITES)
         return inside or (writes and torch.is_grad_enabled())
+
+    @staticmethod
+    def _known(axis: Samples) -> Samples:
+        """The axis of a site, whose every row must have an owner."""
+        if isinstance(axis, SampleAxis) and axis.owners is not None and bool((axis.owners < 0).any()):
+            return Lost("rows that no sample owns pass through a parameter", mixed=False)
+        return axis
+
+    def _numbers(self, index: Any) -> Any:
+        """An index whose scalar tensors are numbers: which part of a parameter is used has no gradient."""
+        items = index if isinstance(index, tuple) else (index,)
+        numbers = []
+        for item in items:
+            if isinstance(item, Tensor) and item.dim() == 0 and item.dtype != torch.bool and readable(item):
+                if isinstance(samples_of(item), Lost):
+                    self.notes.append("a number that the whole batch decides picks a part of a parameter")
+                item = int(item)
+            numbers.append(item)
+        return tuple(numbers) if isinstance(index, tuple) else numbers[0]
 
     # -- parameters without data
 

@@ -20,9 +20,10 @@ from ghostfunc._composites import COMPOSITES
 from ghostfunc._errors import InteractingSamples, UnsupportedUse
 from ghostfunc._factors import Dense, Factor, Gather, Outer, Own
 from ghostfunc._interpreter import Interpreter
-from ghostfunc._operations import einsum_letters, is_in_place
+from ghostfunc._operations import is_in_place
 from ghostfunc._rules_conv import CONVOLUTIONS
 from ghostfunc._rules_norm import NORMS
+from ghostfunc._rules_products import PRODUCTS
 from ghostfunc._sample_axis import Partition, SampleAxis, samples_of
 from ghostfunc._tap import NO_RULE, Rule, Use, tapped
 
@@ -65,7 +66,11 @@ def _affine(mode: Interpreter, op: str, x: Tensor, weight: Tensor, bias: Tensor 
 
 
 def _linear(mode: Interpreter, func: Callable, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    return _affine(mode, "linear", input, weight, bias, transposed=False)
+    out = _affine(mode, "linear", input, weight, bias, transposed=False)
+    if out is not NO_RULE or mode.find(weight) is not None:
+        return out
+    out = mode.call(torch.einsum, "...i,oi->...o", input, weight)  # the matrix is data
+    return out if bias is None else mode.call(torch.add, out, bias)
 
 
 def _addmm(
@@ -78,9 +83,11 @@ def _addmm(
     beta: int | float = 1,
     alpha: int | float = 1,
 ) -> Any:
-    if beta != 1 or alpha != 1 or input.dim() != 1 or is_in_place(func):
-        return NO_RULE
-    return _affine(mode, "addmm", mat1, mat2, input, transposed=True)
+    if beta == 1 and alpha == 1 and input.dim() == 1 and not is_in_place(func):
+        out = _affine(mode, "addmm", mat1, mat2, input, transposed=True)
+        if out is not NO_RULE:
+            return out
+    return PRODUCTS["addmm"](mode, func, input, mat1, mat2, beta=beta, alpha=alpha)
 
 
 def _matmul(mode: Interpreter, func: Callable, input: Tensor, other: Tensor) -> Any:
@@ -96,50 +103,7 @@ def _matmul(mode: Interpreter, func: Callable, input: Tensor, other: Tensor) -> 
     if weight is not None and mode.find(other) is None and input.dim() == 2 and other.dim() >= 2:  # W x = (x^T W^T)^T
         turned = mode.call(F.linear, mode.call(torch.transpose, other, -1, -2), input)
         return mode.call(torch.transpose, turned, -1, -2)
-    return NO_RULE
-
-
-def _einsum(mode: Interpreter, func: Callable, equation: Any, *operands: Any) -> Any:
-    """A two-operand einsum with one weight, as a linear map of permuted operands."""
-    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
-        operands = tuple(operands[0])
-    if not isinstance(equation, str) or len(operands) != 2:
-        return NO_RULE
-    inputs, output = einsum_letters(equation, [t.dim() for t in operands])
-    place = 0 if mode.find(operands[0]) is not None else 1
-    weight, data = operands[place], operands[1 - place]
-    of_weight, of_data = inputs[place], inputs[1 - place]
-    summed = [c for c in of_weight if c in of_data and c not in output]  # d_in
-    fresh = [c for c in of_weight if c not in of_data and c in output]  # d_out
-    kept = [c for c in of_data if c not in of_weight and c in output]  # samples and positions
-    repeated = any(len(set(letters)) != len(letters) for letters in (of_weight, of_data, output))
-    if (
-        mode.find(data) is not None
-        or repeated
-        or not summed
-        or len(summed) + len(fresh) != len(of_weight)
-        or len(summed) + len(kept) != len(of_data)
-    ):
-        return NO_RULE
-    sizes = {
-        c: n for letters, t in ((of_weight, weight), (of_data, data)) for c, n in zip(letters, t.shape, strict=True)
-    }
-    matrix = mode.call(torch.permute, weight, [of_weight.index(c) for c in fresh + summed])
-    d_in = _product(sizes[c] for c in summed)
-    matrix = mode.call(torch.reshape, matrix, (-1 if fresh else 1, d_in))
-    rows = mode.call(torch.permute, data, [of_data.index(c) for c in kept + summed])
-    rows = mode.call(torch.reshape, rows, (*(sizes[c] for c in kept), d_in))
-    out = mode.call(F.linear, rows, matrix)  # [*kept, d_out]
-    out = mode.call(torch.reshape, out, tuple(sizes[c] for c in kept + fresh))
-    order = kept + fresh
-    return mode.call(torch.permute, out, [order.index(c) for c in output])
-
-
-def _product(sizes: Any) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
+    return PRODUCTS["matmul"](mode, func, input, other)
 
 
 # ---------------------------------------------------------------- tables
@@ -235,7 +199,7 @@ def _layer_norm(
 
 
 def _dense_or_own(entry: Tensor, samples: Partition, shape: torch.Size) -> Factor:
-    if isinstance(samples, SampleAxis) and samples.samples > 1:
+    if isinstance(samples, SampleAxis) and samples.samples > 1 and samples.owners is None:
         dim = samples.dim - entry.dim() + len(shape)
         if dim >= 0 and shape[dim] != 1:  # the tensor has a part for each sample
             axis = SampleAxis(dim, samples.samples, samples.outer, samples.inner)
@@ -356,12 +320,12 @@ def _opaque(mode: Interpreter, name: str, func: Callable, args: Any, kwargs: Any
 
 
 RULES: dict[str, Rule] = {
+    **PRODUCTS,
     "linear": _linear,
     "addmm": _addmm,
     "matmul": _matmul,
     "mm": _matmul,
     "rmatmul": lambda mode, func, other, input: _matmul(mode, torch.matmul, input, other),
-    "einsum": _einsum,
     "embedding": _embedding,
     "layer_norm": _layer_norm,
     **CONVOLUTIONS,

@@ -8,7 +8,7 @@ The plan (which sites are fused) is made between the two, when every use of ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -19,18 +19,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from ghostfunc._contract import total
-from ghostfunc._errors import InteractingSamples, UnsupportedUse
+from ghostfunc._errors import InteractingSamples, UnsupportedUse, interaction
 from ghostfunc._factors import Dense, Factor, Own
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._interpreter import Interpreter, Site, Tracked
 from ghostfunc._nesting import functorch_level, own_level, readable, unrecorded, unwrapped
+from ghostfunc._probe import probe
 from ghostfunc._rules import apply_rule
-from ghostfunc._sample_axis import Lost, Partition, RowMap, SampleAxis, samples_of, set_samples
+from ghostfunc._sample_axis import Lost, Partition, SampleAxis, samples_of, set_samples
 
-# A probed row's ratio to its sample's weight is off by rounding alone; a row below the floor is zero but for rounding.
-_PROBE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
-_PROBE_FLOOR = {torch.float64: 1e-14, torch.float32: 4e-6}
-_ALONE_TOLERANCE = {torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 3e-3}
+# How far a sample's loss alone may be from its loss in the batch, by the precision that the model computed in.
+_ALONE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-3}
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ class Run:
     def _pullback(self, tracked: Tracked, name: str) -> tuple[Tensor, Tensor, Callable]:
         """The same inside a functorch transform: `(parameter, derived tensor, cotangent -> (gradient,))`."""
         value = self.leaves[name]
-        derived, pullback = torch.func.vjp(lambda leaf: tracked.replay({**self.leaves, name: leaf}), value)
+        derived, pullback, *_ = torch.func.vjp(lambda leaf: tracked.replay({**self.leaves, name: leaf}), value)
         return value, derived, pullback
 
     def _derived(self, tracked: Tracked, name: str) -> tuple[Tensor, Tensor]:
@@ -182,7 +181,9 @@ def _run(
     with torch.autocast(losses.device.type, enabled=False):
         result = _backward(mode, losses, want, doubt, level)
     if doubt:
-        _check_alone(model_fn, params, batch, samples, want, None if mode.random else losses.detach(), doubt)
+        _check_alone(model_fn, params, batch, range(samples), want, mode, losses.detach(), doubt)
+    elif mode.notes and samples > 1 and readable(losses):
+        _check_alone(model_fn, params, batch, range(samples - 1, samples), want, mode, result.losses, mode.notes[0])
     result.aux = aux
     return result
 
@@ -218,25 +219,27 @@ def _check_alone(
     model_fn: ModelFn,
     params: Mapping[str, Tensor],
     batch: Any,
-    samples: int,
+    samples: Iterable[int],
     want: Want,
-    losses: Tensor | None,
+    mode: Interpreter,
+    losses: Tensor,
     doubt: str,
 ) -> None:
-    """Raise where a sample's loss alone is not its loss in the batch: a probe cannot see data that mixes."""
+    """Raise where the loss of one of these samples alone is not its loss in the batch."""
 
     def losses_of(part: Any) -> Tensor:
         with torch.no_grad(), Interpreter(params, 1, dropout=False, apply_rule=apply_rule, dtype=want.dtype):
             out = model_fn(dict(params), part)
         return out[0] if want.has_aux else out
 
-    together = losses_of(batch) if losses is None else losses
-    for sample in range(samples):
+    together = losses_of(batch) if mode.random else losses
+    tolerance = _ALONE_TOLERANCE.get(mode.precision, 3e-2)
+    for sample in samples:
         alone = losses_of(pytree.tree_map_only(Tensor, lambda t, s=sample: t[s : s + 1], batch))
         error = (alone.reshape(-1)[0] - together[sample]).abs()
-        if not float(error) <= _ALONE_TOLERANCE.get(together.dtype, 1e-4) * (1 + float(together[sample].abs())):
+        if not float(error) <= tolerance * (1 + float(together[sample].abs())):
             raise InteractingSamples(
-                _interaction(
+                interaction(
                     f"{doubt}, and sample {sample} has loss {float(alone):.6g} alone, "
                     f"{float(together[sample]):.6g} here"
                 )
@@ -294,23 +297,16 @@ def _doubt(losses: Tensor, sites: list[Site], samples: int) -> str:
             site.axis = SampleAxis(0, 1)
         carried = samples_of(losses)
         if isinstance(carried, Lost) and carried.mixed:
-            raise InteractingSamples(_interaction(carried.reason))
+            raise InteractingSamples(interaction(carried.reason))
         return ""
     carried = samples_of(losses)
     if isinstance(carried, Lost) and carried.mixed:
-        raise InteractingSamples(_interaction(carried.reason))
+        raise InteractingSamples(interaction(carried.reason))
     if not isinstance(carried, SampleAxis):
         return carried.reason if carried is not None else "the losses do not come from the batch by torch operations"
-    if (carried.dim, carried.outer, carried.inner) != (0, 1, 1):
+    if carried != SampleAxis(0, samples):
         raise InteractingSamples(f"the losses are not in the samples' order: {carried}.")
     return next((s.axis.reason for s in sites if isinstance(s.axis, Lost) and not s.axis.mixed), "")
-
-
-def _interaction(reason: str) -> str:
-    return (
-        f"{reason}, so that the loss of a sample depends on the others of its batch and has no gradient of its own. "
-        "Put BatchNorm in eval mode, use a loss without in-batch terms (reduction='none'), or compute them outside."
-    )
 
 
 def _out(tensor: Tensor, level: int | None) -> Tensor:
@@ -336,7 +332,9 @@ def _backward(mode: Interpreter, losses: Tensor, want: Want, doubt: str, level: 
     keep = bool(doubt) or want.lenient or mode.nested
     values: list[Tensor | None] = [None] * len(inputs)
     if losses.requires_grad:
-        values = list(torch.autograd.grad(losses, inputs, weights, allow_unused=True, retain_graph=keep, create_graph=mode.nested))
+        values = list(
+            torch.autograd.grad(losses, inputs, weights, allow_unused=True, retain_graph=keep, create_graph=mode.nested)
+        )
 
     cotangents: dict[Site, dict[str, Tensor | None]] = {site: {} for site in sites}
     for (site, name), value in zip(taps, values, strict=False):
@@ -348,7 +346,7 @@ def _backward(mode: Interpreter, losses: Tensor, want: Want, doubt: str, level: 
     result = Run(_out(losses, level), None, {}, mode.tracked, {}, {}, leaves)
     partitions: dict[Site, Partition] = {}
     if doubt:
-        partitions = _probe(losses, weights, sites, cotangents, doubt, keep=want.lenient)
+        partitions = probe(losses, weights, sites, cotangents, doubt, precision=mode.precision, keep=want.lenient)
     for site in sites:
         of_site = cotangents[site]
         if site.treatment == "fused":
@@ -436,58 +434,6 @@ def _dense_by_backwards(
             _add_gradient(result, tracked, factor.grad[: want.train].sum(0))
 
 
-def _probe(
-    losses: Tensor,
-    weights: Tensor,
-    sites: list[Site],
-    cotangents: dict[Site, dict[str, Tensor | None]],
-    doubt: str,
-    *,
-    keep: bool,
-) -> dict[Site, Partition]:
-    """Find the sample of each row by a second backward with other weights: rows scale with their sample's weight."""
-    samples = len(losses)
-    scale = torch.linspace(0.5, 1.5, samples, dtype=torch.float64)
-    scale = scale[torch.randperm(samples, generator=torch.Generator().manual_seed(samples))].to(losses.device)
-    probed = [site for site in sites if cotangents[site].get("g") is not None]
-    if not probed:
-        return {}
-    second = torch.autograd.grad(
-        losses, [s.taps["g"] for s in probed], weights * scale.to(weights), allow_unused=True, retain_graph=keep
-    )
-    found: dict[Site, Partition] = {}
-    for site, again in zip(probed, second, strict=True):
-        first = cotangents[site]["g"]
-        assert first is not None and again is not None
-        if first.numel() == 0:
-            found[site] = RowMap(torch.zeros(first.numel(), dtype=torch.long, device=first.device), samples)
-            continue
-        if first.dim() == 0:
-            raise InteractingSamples(_interaction(f"`{site.op}` of {site.label} gives one number for all samples"))
-        g, h = (_real(t).reshape(-1, _real(t).shape[-1]).double() for t in (first, again))
-        square = (g * g).sum(1)
-        ratio = (g * h).sum(1) / square.clamp(min=torch.finfo(torch.float64).tiny)
-        of_row = (ratio[:, None] - scale).abs().argmin(1)
-        error = (h - scale[of_row][:, None] * g).square().sum(1)
-        tolerance = min(_PROBE_TOLERANCE.get(_real(first).dtype, 2e-2), 0.4 / samples)
-        rounding = _PROBE_FLOOR.get(_real(first).dtype, 1e-3) ** 2 * square.max()
-        if bool((error > tolerance**2 * square + rounding).any()):
-            raise InteractingSamples(
-                _interaction(
-                    f"{doubt}, and a probe of the backward found samples meeting in `{site.op}` of {site.label}"
-                )
-            )
-        if isinstance(site.axis, SampleAxis):
-            followed = site.axis.of_rows(first)
-            if bool(((of_row != followed) & (square > rounding)).any()):
-                raise InteractingSamples(
-                    _interaction(f"{doubt}, and rows of `{site.op}` of {site.label} change their sample")
-                )
-            of_row = followed
-        found[site] = RowMap(of_row, samples)
-    return found
-
-
 def _pull_complex(result: Run, dtype: torch.dtype) -> None:
     """Factors of complex tensors as factors of the real parameters that these come from."""
     parameters = {t.names[0]: t for t in result.tracked if t.derivation is None}
@@ -498,10 +444,6 @@ def _pull_complex(result: Run, dtype: torch.dtype) -> None:
             for name in site.tracked.names:
                 pulled = Dense(result.pull(site.tracked, name, dense).to(dtype))
                 result.factors[Site(parameters[name], site.op, "dense", dtype=dtype)] = pulled
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor).flatten(-2) if tensor.is_complex() else tensor
 
 
 def base_factor(result: Run, site: Site, factor: Factor, name: str) -> Factor:

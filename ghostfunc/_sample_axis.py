@@ -4,36 +4,88 @@ A tensor that depends on the batch carries where its samples are: one dimension 
 
     index = (outer_index * samples + sample) * inner + inner_index
 
-which covers `[B, T, d]`, `[T, B, d]`, their flattenings to rows and their splittings into heads.
+which covers `[B, T, d]`, `[T, B, d]`, their flattenings to rows and their splittings into heads. Where rows were
+picked, sorted or scattered (tokens that go to experts), the axis lists the owner of each index instead.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ghostfunc._nesting import readable
+
 _ATTRIBUTE = "_ghost_samples"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SampleAxis:
-    """Where the samples of a tensor are: along `dim`, `outer` blocks of `samples` runs of `inner` entries."""
+    """Where the samples of a tensor are: along `dim`, `outer` blocks of `samples` runs of `inner` entries.
+
+    Attributes:
+        dim: the dimension.
+        samples: how many samples there are.
+        outer: blocks.
+        inner: the length of a run.
+        owners: `[size]`, the sample of each index, -1 where there is no data; in place of blocks and runs.
+    """
 
     dim: int
     samples: int
     outer: int = 1
     inner: int = 1
+    owners: Tensor | None = None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SampleAxis) or (self.dim, self.samples, self.size) != (
+            other.dim,
+            other.samples,
+            other.size,
+        ):
+            return False
+        if self.owners is None and other.owners is None:
+            return (self.outer, self.inner) == (other.outer, other.inner)
+        mine, others = self.of_index(), other.of_index()
+        return mine is others or torch.equal(mine, others.to(mine.device))
 
     @property
     def size(self) -> int:
         """Length of the dimension."""
-        return self.outer * self.samples * self.inner
+        return self.outer * self.samples * self.inner if self.owners is None else len(self.owners)
+
+    def of_index(self) -> Tensor:
+        """The sample of each index of the dimension: `[size]`."""
+        if self.owners is not None:
+            return self.owners
+        return torch.arange(self.samples).repeat_interleave(self.inner).repeat(self.outer)
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """For scattered rows: `(order, sample, place among the sample's rows, longest sample)`; no one's left out."""
+        assert self.owners is not None
+        order = torch.argsort(self.owners, stable=True)
+        order = order[int((self.owners < 0).sum()) :]
+        sample = self.owners[order]
+        counts = torch.bincount(sample, minlength=self.samples)
+        place = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[sample]
+        return order, sample, place, max(1, int(counts.max()))
 
     def split(self, tensor: Tensor) -> Tensor:
-        """Bring the samples to the front: `[B, *others]`, a view wherever the strides allow it."""
+        """Bring the samples to the front: `[B, *others]`, a view wherever the strides allow it.
+
+        Scattered rows are copied, padded with zeros to the longest sample: `[B, R, *others]`.
+        """
         if self.samples == 1:
             return tensor.unsqueeze(0)
+        if self.owners is not None:
+            order, sample, place, longest = self._places
+            rows = tensor.movedim(self.dim, 0)
+            padded = rows.new_zeros(self.samples, longest, *rows.shape[1:])
+            return padded.index_put((sample, place), rows[order])
         shape = tensor.shape
         parts = [size for size in (self.outer, self.samples, self.inner) if size != 1 or self.size == 1]
         tensor = tensor.reshape(*shape[: self.dim], *parts, *shape[self.dim + 1 :])
@@ -46,7 +98,7 @@ class SampleAxis:
 
     def of_rows(self, tensor: Tensor) -> Tensor:
         """The sample of each row of a tensor (all dimensions but the last, flattened): `[N]`."""
-        ids = torch.arange(self.samples, device=tensor.device).repeat_interleave(self.inner).repeat(self.outer)
+        ids = self.of_index().to(tensor.device)
         ids = ids.view(-1, *(1,) * (tensor.dim() - self.dim - 1))
         return ids.expand(tensor.shape)[..., 0].reshape(-1)
 
@@ -54,6 +106,8 @@ class SampleAxis:
         """The tensor with the entries of other samples at zero."""
         if self.samples == 1:
             return tensor
+        if self.owners is not None:
+            return tensor * (self.owners == sample).view(-1, *(1,) * (tensor.dim() - self.dim - 1))
         kept = torch.zeros_like(tensor, memory_format=torch.contiguous_format)
         self.split(kept)[sample] = self.split(tensor)[sample]
         return kept
@@ -62,6 +116,12 @@ class SampleAxis:
         """Each sample's entries, summed to a shape that broadcasts to the tensor's: `[B, *shape]`."""
         if self.samples == 1:
             return tensor.sum_to_size(shape).unsqueeze(0)
+        if self.owners is not None:
+            place = self.dim - tensor.dim() + len(shape)
+            if place >= 0 and shape[place] != 1:
+                return torch.stack([self.only(tensor, sample).sum_to_size(shape) for sample in range(self.samples)])
+            summed = self.split(tensor).sum(1).unsqueeze(1 + self.dim)  # [B, *tensor's, 1 at the samples' dimension]
+            return summed.sum_to_size(self.samples, *(1,) * (tensor.dim() - len(shape)), *shape).view(-1, *shape)
         behind = tensor.dim() - self.dim - 1
         split = self.split(tensor)  # [B, *ahead, *(outer, inner), *behind]
         kept = shape[len(shape) - min(behind, len(shape)) :]  # the part of the shape behind the samples' dimension
@@ -76,6 +136,19 @@ class SampleAxis:
         else:
             narrow = split.sum_to_size(self.samples, *(1,) * (self.dim + middle + behind - len(kept)), *kept)
         return narrow.reshape(self.samples, *shape)
+
+
+def scattered(dim: int, samples: int, owners: Tensor) -> SampleAxis:
+    """The axis of a dimension whose indices belong to these samples; as blocks and runs where they are in order."""
+    size = len(owners)
+    if size and size % samples == 0 and readable(owners):
+        run = int((owners != owners[0]).int().argmax()) or size
+        for inner in {run, size // samples}:
+            if size % (samples * inner) == 0:
+                axis = SampleAxis(dim, samples, size // (samples * inner), inner)
+                if torch.equal(axis.of_index().to(owners.device), owners):
+                    return axis
+    return SampleAxis(dim, samples, owners=owners)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +170,7 @@ class RowMap:
         order = torch.argsort(self.of_row, stable=True)
         sample = self.of_row[order]
         place = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[sample]
-        padded = flat.new_zeros(self.samples, int(counts.max().item()), flat.shape[1])
+        padded = flat.new_zeros(self.samples, max(1, int(counts.max())), flat.shape[1])
         padded[sample, place] = flat[order]
         return padded
 
