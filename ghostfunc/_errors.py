@@ -21,3 +21,11 @@ class InteractingSamples(ValueError):
 
 class VerificationError(AssertionError):
     """`verify` found a quantity that differs from the oracle's."""
+
+
+def interaction(reason: str) -> str:
+    """The message of `InteractingSamples`: a reason, what it means, and the remedy."""
+    return (
+        f"{reason}, so that the loss of a sample depends on the others of its batch and has no gradient of its own. "
+        "Put BatchNorm in eval mode, use a loss without in-batch terms (reduction='none'), or compute them outside."
+    )
