@@ -1,0 +1,159 @@
+"""Every spelling of a product of a parameter with data is exact, in one product or as linear maps."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from exact import Spelling, assert_exact, assert_has_rule, built
+
+
+def einsum(equation: str, x: tuple[int, ...], w: tuple[int, ...]) -> Spelling:
+    """A weight and data in an einsum whose first letter is the samples'."""
+    return Spelling(equation, lambda p, x: torch.einsum(equation, x, p["w"]), x, {"w": w})
+
+
+def middle(
+    equation: str, x: tuple[int, ...], w: tuple[int, ...], order: tuple[int, ...], back: tuple[int, ...]
+) -> Spelling:
+    """The same with the samples' dimension moved: the data permuted before, the result after."""
+    return Spelling(
+        f"{equation} after {order}",
+        lambda p, x: torch.einsum(equation, x.permute(order), p["w"]).permute(back),
+        x,
+        {"w": w},
+    )
+
+
+SPELLINGS = [
+    einsum("btd,de->bte", (3, 4), (4, 5)),
+    einsum("btd,ed->bte", (3, 4), (5, 4)),
+    einsum("btd,hde->bhte", (3, 4), (2, 4, 5)),
+    einsum("bthd,hde->bthe", (3, 2, 4), (2, 4, 5)),
+    einsum("bthd,hde->bthe", (1, 2, 4), (2, 4, 5)),
+    einsum("bthd,ehd->bhet", (6, 2, 3), (5, 2, 3)),
+    einsum("bhd,hde->bhe", (2, 4), (2, 4, 5)),
+    einsum("bghd,hgde->bge", (3, 2, 4), (2, 3, 4, 5)),
+    einsum("btd,d->btd", (3, 4), (4,)),
+    einsum("btd,td->bt", (3, 4), (3, 4)),
+    einsum("btd,d->b", (3, 4), (4,)),
+    einsum("btd,e->bte", (3, 4), (5,)),
+    einsum("btd,te->bte", (3, 4), (3, 5)),
+    einsum("btd,kde->bte", (3, 4), (2, 4, 5)),
+    einsum("btd,->btd", (3, 4), ()),
+    einsum("btd,dd->bt", (3, 4), (4, 4)),
+    einsum("btt,tde->btde", (3, 3), (3, 4, 5)),
+    einsum("b...d,de->b...e", (3, 2, 4), (4, 5)),
+    einsum("bd,...de->b...e", (4,), (2, 4, 5)),
+    einsum("...ni,...ij->...nj", (1, 3, 4), (2, 4, 5)),
+    einsum("...ni,...ij->...nj", (2, 3, 4), (1, 4, 5)),
+    einsum("bij,jk", (3, 4), (4, 5)),
+    middle("ebd,edf->ebf", (3, 4), (3, 4, 5), (1, 0, 2), (1, 0, 2)),
+    middle("etbd,edf->tbef", (3, 2, 4), (3, 4, 5), (1, 2, 0, 3), (1, 0, 2, 3)),
+    middle("tbd,tdf->tbf", (9, 4), (9, 4, 5), (1, 0, 2), (1, 0, 2)),
+    Spelling(
+        "three operands",
+        lambda p, x: torch.einsum("bk,kde,btd->bte", x.mean(1)[:, :2], p["w"], x),
+        (3, 4),
+        {"w": (2, 4, 5)},
+    ),
+    Spelling(
+        "three operands, two weights",
+        lambda p, x: torch.einsum("dr,btd,er->bte", p["down"], x, p["up"]),
+        (3, 4),
+        {"down": (4, 2), "up": (5, 2)},
+    ),
+    Spelling("operands in a list", lambda p, x: torch.einsum("bd,de->be", [x, p["w"]]), (4,), {"w": (4, 5)}),
+    Spelling("operands by numbers", lambda p, x: torch.einsum(x, [0, 1], p["w"], [1, 2], [0, 2]), (4,), {"w": (4, 5)}),
+    Spelling(
+        "bmm, samples in rows",
+        lambda p, x: torch.bmm(x.transpose(0, 1), p["w"]).transpose(0, 1),
+        (3, 4),
+        {"w": (3, 4, 5)},
+    ),
+    Spelling(
+        "bmm of an expanded weight", lambda p, x: torch.bmm(x, p["w"].expand(len(x), -1, -1)), (3, 4), {"w": (4, 5)}
+    ),
+    Spelling("bmm of a repeated weight", lambda p, x: torch.bmm(x, p["w"].repeat(len(x), 1, 1)), (3, 4), {"w": (4, 5)}),
+    Spelling(
+        "bmm of a weight on the left", lambda p, x: torch.bmm(p["w"].expand(len(x), -1, -1), x), (3, 4), {"w": (5, 3)}
+    ),
+    Spelling("matmul, a weight for each head", lambda p, x: x @ p["w"], (2, 3, 4), {"w": (2, 4, 5)}),
+    Spelling(
+        "matmul, a weight for each position",
+        lambda p, x: (x.unsqueeze(-2) @ p["w"]).squeeze(-2),
+        (3, 4),
+        {"w": (3, 4, 5)},
+    ),
+    Spelling("matmul, the weight on the left", lambda p, x: p["w"] @ x, (2, 3, 4), {"w": (2, 5, 3)}),
+    Spelling("matmul, a vector on the left", lambda p, x: p["w"] @ x, (3, 4), {"w": (3,)}),
+    Spelling("matmul, a weight that broadcasts", lambda p, x: x.unsqueeze(1) @ p["w"], (3, 4), {"w": (2, 4, 5)}),
+    Spelling(
+        "baddbmm",
+        lambda p, x: torch.baddbmm(p["b"], x, p["w"].expand(len(x), -1, -1), beta=0.5, alpha=2),
+        (3, 4),
+        {"w": (4, 5), "b": (1, 5)},
+    ),
+    Spelling(
+        "baddbmm without its first matrix",
+        lambda p, x: torch.baddbmm(p["b"], x, p["w"].expand(len(x), -1, -1), beta=0),
+        (3, 4),
+        {"w": (4, 5), "b": (1, 5)},
+    ),
+    Spelling(
+        "addmm of a matrix",
+        lambda p, x: torch.addmm(p["b"], p["w"], x.flatten(1).T).T,
+        (3, 4),
+        {"w": (5, 12), "b": (5, 1)},
+    ),
+    Spelling(
+        "addmm with factors",
+        lambda p, x: torch.addmm(p["b"], x, p["w"], beta=3, alpha=0.5),
+        (4,),
+        {"w": (4, 5), "b": (5,)},
+    ),
+    Spelling("addmm to data", lambda p, x: torch.addmm(x, x, p["w"]), (4,), {"w": (4, 4)}),
+    Spelling("addmv", lambda p, x: torch.addmv(p["b"], x, p["w"]).unsqueeze(1), (4,), {"w": (4,), "b": (1,)}),
+    Spelling("mv", lambda p, x: torch.mv(x, p["w"]).unsqueeze(1), (4,), {"w": (4,)}),
+    Spelling("tensordot", lambda p, x: torch.tensordot(x, p["w"], dims=2), (3, 4), {"w": (3, 4, 5)}),
+    Spelling(
+        "tensordot of dimensions",
+        lambda p, x: torch.tensordot(x, p["w"], dims=([1, 2], [2, 0])),
+        (3, 4),
+        {"w": (4, 5, 3)},
+    ),
+    Spelling(
+        "tensordot of the weight",
+        lambda p, x: torch.tensordot(p["w"], x, ([1], [2])).transpose(0, 1),
+        (3, 4),
+        {"w": (5, 4)},
+    ),
+    Spelling("inner", lambda p, x: torch.inner(x, p["w"]), (3, 4), {"w": (2, 5, 4)}),
+    Spelling("outer", lambda p, x: torch.outer(x, p["w"]), (), {"w": (4,)}),
+    Spelling("linear of a weight by data", lambda p, x: F.linear(p["w"], x).T, (4,), {"w": (5, 4)}),
+    Spelling(
+        "bilinear, narrow", lambda p, x: F.bilinear(x[..., :3], x, p["w"], p["b"]), (2, 7), {"w": (5, 3, 7), "b": (5,)}
+    ),
+    Spelling(
+        "bilinear, wide", lambda p, x: F.bilinear(x, x[..., 1:], p["w"], p["b"]), (2, 4), {"w": (5, 4, 3), "b": (5,)}
+    ),
+    Spelling("bilinear, no bias", lambda p, x: F.bilinear(x, x, p["w"]), (4,), {"w": (5, 4, 4)}),
+    Spelling(
+        "bilinear of positions and samples",
+        lambda p, x: F.bilinear(*2 * [x.transpose(0, 1)], p["w"]).transpose(0, 1),
+        (3, 4),
+        {"w": (3, 4, 4)},
+    ),
+    Spelling(
+        "bilinear with a parameter",
+        lambda p, x: F.bilinear(p["q"].expand(len(x), -1), x, p["w"]),
+        (4,),
+        {"w": (2, 3, 4), "q": (3,)},
+    ),
+]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda spelling: spelling.name)
+def test_products(spelling, device, monkeypatch):
+    """Every spelling is exact, and has a rule."""
+    model_fn, params, batch = built(spelling, device)
+    assert_exact(model_fn, params, batch(4, 1), batch(3, 2))
+    assert_has_rule(monkeypatch, model_fn, params, batch(4, 1))
