@@ -12,15 +12,16 @@ states exist only once the recurrence has run, so they are collected in a list t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ghostfunc._errors import UnsupportedUse
 from ghostfunc._factors import Factor, Outer
 from ghostfunc._interpreter import Interpreter
-from ghostfunc._operations import op_name
+from ghostfunc._operations import op_name, tensors_in
 from ghostfunc._sample_axis import Partition, SampleAxis, Samples, samples_of, set_samples
 from ghostfunc._tap import NO_RULE, Rule, Use, tapped
 
@@ -76,6 +77,18 @@ def _attention(
         return _as_data(mode, tensor, shape, SampleAxis(len(shape) + place, axis.samples, axis.outer, axis.inner))
 
     return mode.call(func, *map(with_samples, operands), *args, **kwargs)
+
+
+def _for_inference(mode: Interpreter, func: Callable, *args: Any, **kwargs: Any) -> NoReturn:
+    """The fused layers that `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` call where nothing has a graph."""
+    found = [t for t in map(mode.find, tensors_in([*args, *kwargs.values()])) if t is not None]
+    names = tuple(dict.fromkeys(name for t in found for name in t.names))
+    raise UnsupportedUse(
+        f"{', '.join(names)}: torch has no derivative of `{func.__name__}`, which is for inference. Freeze the "
+        "parameter (requires_grad_(False)), or call nn.MultiheadAttention or nn.TransformerEncoderLayer, which know "
+        "another way.",
+        names,
+    )
 
 
 # ---------------------------------------------------------------- recurrent layers
@@ -269,6 +282,8 @@ _STEPS = {"lstm": _lstm_step, "gru": _gru_step, "rnn_tanh": _tanh_step, "rnn_rel
 
 COMPOSITES: dict[str, Rule] = {
     "scaled_dot_product_attention": _attention,
+    "native_multi_head_attention": _for_inference,
+    "transformer_encoder_layer_fwd": _for_inference,
     **{name: _recurrent(step) for name, step in _STEPS.items()},
     **{f"{name}_cell": _cell(step) for name, step in _STEPS.items()},
 }
