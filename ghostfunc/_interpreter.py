@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from ghostfunc._factors import Dense, Factor, Own
 from ghostfunc._follow import follow
 from ghostfunc._nesting import functorch_level, leaf_at, readable
 from ghostfunc._operations import LIKE_ANOTHER, is_in_place, op_name, tensors_in
+from ghostfunc._parts import SELECTIONS, Part, part_of
 from ghostfunc._sample_axis import Lost, Partition, SampleAxis, Samples, samples_of, set_samples
 
 _ISOMETRIES = frozenset(
@@ -128,6 +130,22 @@ class Tracked:
         )
         out = how.again(args, kwargs)
         return out if how.out_of == 0 else tensors_in([out])[how.index]
+
+    @property
+    def root(self) -> Tracked | None:
+        """The parameter, of which this is some or all of the entries in some order; None where it is anything else."""
+        how = self.derivation
+        if how is None:
+            return self
+        first = how.args[0] if how.args else None
+        if op_name(how.func) not in _ISOMETRIES | SELECTIONS or not isinstance(first, Tracked) or len(self.names) > 1:
+            return None
+        return first.root
+
+    @cached_property
+    def part(self) -> Part | None:
+        """Which entries of the parameter, where they are a box of them."""
+        return None if self.root is None else part_of(self.root.real, self.real)
 
     def transposed_base(self) -> Tracked | None:
         """The tracked matrix that this one is the transpose of."""
@@ -410,7 +428,9 @@ class Interpreter(TorchFunctionMode):
             return self._derive(func, args, kwargs, tracked)
         before = len(self.sites)
         out = self.apply_rule(self, name, func, args, kwargs)
-        follow(func, args, kwargs, out, self.samples, self.notes)
+        followed = all(samples_of(t) is not None for t in tensors_in([out]))  # a rule's own steps were
+        if is_in_place(func) or not followed:
+            follow(func, args, kwargs, out, self.samples, self.notes)
         self._doubt_foreign(tensors, out)
         for site in self.sites[before:]:
             if site.axis is None:
@@ -476,7 +496,8 @@ class Interpreter(TorchFunctionMode):
                     and result.numel() == tracked[0].real.numel()
                 )
                 how = Derivation(func, recipe_args, recipe_kwargs, index, 0 if single else len(results), randomness)
-                replacements[id(result)] = self._track(Tracked(names, self.leaf(result), result, how, isometric)).sentinel
+                derived = self._track(Tracked(names, self.leaf(result), result, how, isometric))
+                replacements[id(result)] = derived.sentinel
         return pytree.tree_map(lambda leaf: replacements.get(id(leaf), leaf), out)
 
     # -- tensors of unknown origin

@@ -58,11 +58,11 @@ class Joint:
         return taps
 
     def plan(self, sites: list[Site]) -> None:
-        """Fuse every linear map whose weight has no other use, or only look-ups before it."""
+        """Fuse every linear map whose weight, or part of one, has no other use, or only look-ups before it."""
         for site in sites:
-            if site.kind != "outer" or "dots" not in site.taps or not site.tracked.isometric:
+            if site.kind != "outer" or "dots" not in site.taps or site.tracked.root is None:
                 continue
-            others = [s for s in sites if s is not site and set(s.tracked.names) & set(site.tracked.names)]
+            others = [s for s in sites if s is not site and _meet(s, site)]
             look_ups = _look_ups(site)
             if others and (site.tracked.derivation is not None or any(s not in look_ups for s in others)):
                 continue
@@ -93,14 +93,14 @@ class Joint:
         """Dot products of a parameter, `[n, k]`, on the scale of the run's weights."""
         n, stop = self.train, self.train + self.val
         dots, factors = _fused_and_kept(result, name, n, self.count)
-        direct = all(s.tracked.derivation is None and not isinstance(f, Own) for s, f in factors.items())
-        if not direct:
+        if not _pairable(factors, factors):
             return dots + self._through_directions(result, name, factors)
         for site, factor in factors.items():
-            for other in factors.values():
-                dots = dots + self._pair(factor.part(0, n), other.part(n, stop))
+            for other, val in factors.items():
+                if _meet(site, other):
+                    dots = dots + self._pair(factor.part(0, n), val.part(n, stop))
             for head, values in result.fused.items():
-                if name in head.tracked.names:
+                if site in _look_ups(head):
                     dots = dots + self._cross(head, values, _look_ups(head).index(site), factor)
         return dots
 
@@ -169,7 +169,7 @@ class Along:
 
     def more_taps(self, site: Site) -> dict[str, Tensor]:
         """A tap for the fused contraction of a linear map."""
-        if site.kind != "outer" or not self.names.intersection(site.tracked.names) or not site.tracked.isometric:
+        if site.kind != "outer" or not self.names.intersection(site.tracked.names) or site.tracked.root is None:
             return {}
         return {"dots": zero_tap(site.tracked.real, (self.train, self.count), site.dtype)}
 
@@ -223,12 +223,11 @@ class WithSamples:
 
     def _rows(self, site: Site) -> FromRows | None:
         """The validation rows of a weight that is used once, by a linear map."""
-        if site.kind != "outer" or site.tracked.derivation is not None or site.tracked.names[0] not in self.names:
+        if site.kind != "outer" or not self.names.intersection(site.tracked.names):
             return None
-        (name,) = site.tracked.names
-        sites = self.val.sites(name)
+        sites = [s for s in self.val.sites(site.tracked.names[0]) if _meet(s, site)]
         factor = self.val.factors.get(sites[0]) if len(sites) == 1 else None
-        if not isinstance(factor, Outer) or sites[0].tracked.derivation is not None:
+        if not isinstance(factor, Outer) or not _same(sites[0], site):
             return None
         return FromRows(factor.left, factor.right, each=True)
 
@@ -254,13 +253,39 @@ class WithSamples:
         val = {s: self.val.factors[s] for s in self.val.sites(name)}
         if not train or not val:
             return dots
-        if any(s.tracked.derivation is not None or isinstance(f, Own) for s, f in (*train.items(), *val.items())):
+        if not _pairable(train, val):
             directions = sum_directions(self.val, name, val, each=True)
             return dots + along_sites(result, name, train, directions)
-        return dots + torch.stack([pair(f, h) for f in train.values() for h in val.values()]).sum(0)
+        for site, factor in train.items():
+            for other, val_factor in val.items():
+                if _meet(site, other):
+                    dots = dots + pair(factor, val_factor)
+        return dots
 
 
 Products = Joint | Along | WithSamples
+
+
+def _same(a: Site, b: Site) -> bool:
+    """Whether two sites use the same entries of a parameter, in the same layout."""
+    if a.tracked.derivation is None and b.tracked.derivation is None:
+        return a.tracked.names == b.tracked.names
+    return a.tracked.part is not None and a.tracked.part == b.tracked.part
+
+
+def _meet(a: Site, b: Site) -> bool:
+    """Whether two sites may use a common entry of a parameter."""
+    if not set(a.tracked.names) & set(b.tracked.names):
+        return False
+    one, other = a.tracked.part, b.tracked.part
+    return one is None or other is None or not one.apart_from(other)
+
+
+def _pairable(train: Mapping[Site, Factor], val: Mapping[Site, Factor]) -> bool:
+    """Whether every use is of the same entries as another, or of none of them: no direction has to be formed."""
+    if any(isinstance(factor, Own) for factor in (*train.values(), *val.values())):
+        return False
+    return all(_same(a, b) or not _meet(a, b) for a in train for b in val)
 
 
 def _look_ups(site: Site) -> list[Site]:

@@ -1,8 +1,8 @@
 """Rules: how each operation that uses a parameter is run, and the factor of each use.
 
 A rule runs its operation on the parameters' values and hands the result to `tapped` with, for each parameter, a
-function from the grad-output and the saved activations to the factor. `RULES` is the table; an operation without a row there
-takes `_opaque`, which is exact for every operation whose result keeps samples apart.
+function from the grad-output and the saved activations to the factor. `RULES` is the table; an operation without a
+row there takes `_opaque`, which is exact for every operation whose result keeps samples apart.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from ghostfunc._composites import COMPOSITES
 from ghostfunc._errors import InteractingSamples, UnsupportedUse
 from ghostfunc._factors import Dense, Factor, Gather, Outer, Own
 from ghostfunc._interpreter import Interpreter
-from ghostfunc._operations import is_in_place
+from ghostfunc._nesting import readable
+from ghostfunc._operations import is_in_place, op_name
 from ghostfunc._rules_conv import CONVOLUTIONS
 from ghostfunc._rules_norm import NORMS
 from ghostfunc._rules_products import PRODUCTS
-from ghostfunc._sample_axis import Partition, SampleAxis, samples_of
+from ghostfunc._sample_axis import Lost, Partition, SampleAxis, samples_of
 from ghostfunc._tap import NO_RULE, Rule, Use, tapped
 
 # ---------------------------------------------------------------- linear maps
@@ -104,6 +105,27 @@ def _matmul(mode: Interpreter, func: Callable, input: Tensor, other: Tensor) -> 
         turned = mode.call(F.linear, mode.call(torch.transpose, other, -1, -2), input)
         return mode.call(torch.transpose, turned, -1, -2)
     return PRODUCTS["matmul"](mode, func, input, other)
+
+
+def _grouped(
+    mode: Interpreter, func: Callable, input: Tensor, weight: Tensor, offs: Tensor | None = None, **more: Any
+) -> Any:
+    """Rows sorted by expert, each group through its own matrix `weight[e]`, `[d_in, d_out]`: one product for each."""
+    if mode.find(weight) is None or weight.dim() != 3 or input.dim() != 2 or offs is None or not readable(offs):
+        return NO_RULE
+    if any(value is not None for value in more.values()):
+        return NO_RULE
+    if isinstance(samples_of(offs), Lost):
+        mode.notes.append(f"`{op_name(func)}` groups rows by counts over the whole batch")
+    groups, start = [], 0
+    for expert, stop in enumerate(offs.tolist()):
+        if stop > start:
+            rows = mode.call(torch.Tensor.__getitem__, input, slice(start, stop))
+            groups.append(mode.call(torch.matmul, rows, mode.call(torch.Tensor.__getitem__, weight, expert)))
+        start = stop
+    if start < len(input):
+        groups.append(input.new_zeros(len(input) - start, weight.shape[2]))
+    return mode.call(torch.cat, groups)
 
 
 # ---------------------------------------------------------------- tables
@@ -216,7 +238,7 @@ def _entrywise(op: str, x: Any, p: Any) -> Tensor:
 
 
 def _broadcast(op: str) -> Rule:
-    """Arithmetic, x + p, x - p, p - x, x * p, x / p with broadcasting: Dense(the entrywise gradient, summed to p's shape)."""
+    """Arithmetic with broadcasting, x + p, x - p, p - x, x * p, x / p: Dense(the entrywise gradient, summed)."""
 
     def rule(mode: Interpreter, func: Callable, input: Any, other: Any, **kwargs: Any) -> Any:
         left, right = mode.find(input), mode.find(other)
@@ -326,6 +348,8 @@ RULES: dict[str, Rule] = {
     "matmul": _matmul,
     "mm": _matmul,
     "rmatmul": lambda mode, func, other, input: _matmul(mode, torch.matmul, input, other),
+    "grouped_mm": _grouped,
+    "grouped_mm_fallback": _grouped,
     "embedding": _embedding,
     "layer_norm": _layer_norm,
     **CONVOLUTIONS,

@@ -96,7 +96,7 @@ class Run:
         """A change of a parameter as a change of a tensor derived from it: the derivation's Jacobian times it."""
         if tracked.derivation is None:
             return direction
-        if tracked.isometric:
+        if tracked.root is not None:
             with unrecorded():
                 return tracked.replay({name: direction})
         if functorch_level() is not None:
