@@ -22,7 +22,7 @@ from ghostfunc._errors import UnsupportedUse
 from ghostfunc._factors import Factor, Outer
 from ghostfunc._interpreter import Interpreter
 from ghostfunc._operations import op_name, tensors_in
-from ghostfunc._sample_axis import Partition, SampleAxis, Samples, samples_of, set_samples
+from ghostfunc._sample_axis import Lost, Partition, SampleAxis, Samples, samples_of, set_samples
 from ghostfunc._tap import NO_RULE, Rule, Use, tapped
 
 State = Sequence[Tensor]  # (h,) or (h, c)
@@ -222,8 +222,10 @@ def _recurrent(step: Step) -> Rule:
         if batch_first:
             x = mode.call(torch.transpose, x, 0, 1)
         axis = next(s for s in map(samples_of, (x, *given)) if s is not None)
-        if isinstance(axis, SampleAxis) and axis.dim != 1 and axis.samples > 1:
-            return NO_RULE
+        if isinstance(axis, SampleAxis) and axis.dim != 1 - packed and axis.samples > 1:  # batch_first was forgotten
+            axis = Lost(f"samples meet in `{op}`", mixed=True)
+            x = x.view_as(x)
+            set_samples(x, axis)
         x = _carrying(mode, x, axis)
         given = [_carrying(mode, part, axis).unbind(0) for part in given]
         ways = 2 if bidirectional else 1

@@ -426,7 +426,7 @@ def _recurrent(op: Op) -> Samples:
         axis = samples_of(tensor)
         if isinstance(axis, SampleAxis):
             at = 0 if tensor is x and batch_first else 1
-            axis = replace(axis, dim=0 if op.index == 0 and batch_first else 1) if axis.dim == at else unknown(op.name)
+            axis = replace(axis, dim=0 if op.index == 0 and batch_first else 1) if axis.dim == at else mixed(op.name)
         found.append(axis)
     return agree(op.name, found)
 
@@ -532,6 +532,9 @@ def follow(
                 found = rule(Op(name, args, kwargs, tensors, result, index, results, notes))
             except (AssertionError, IndexError, KeyError, StopIteration, TypeError, ValueError):
                 found = unknown(name)  # an unusual call: the probe decides
+        if isinstance(found, Lost) and lost is None:
+            shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
+            found = replace(found, reason=f"{found.reason} on shapes {shapes}")
         if is_in_place(func) or kwargs.get("out") is not None:
             _follow_write(result, found)
         else:
