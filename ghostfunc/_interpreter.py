@@ -30,42 +30,25 @@ from ghostfunc._follow import follow
 from ghostfunc._nesting import functorch_level, leaf_at, readable
 from ghostfunc._operations import LIKE_ANOTHER, is_in_place, op_name, tensors_in
 from ghostfunc._parts import SELECTIONS, Part, part_of
+from ghostfunc._randomness import (
+    MAY_DRAW,
+    DrewRandomNumbers,
+    RandomState,
+    cannot_share,
+    draws,
+    in_eval_mode,
+    refusal,
+    shared,
+)
 from ghostfunc._sample_axis import Lost, Partition, SampleAxis, Samples, samples_of, set_samples
 
 _ISOMETRIES = frozenset(
     "t transpose swapaxes permute movedim view reshape flatten unflatten squeeze unsqueeze contiguous clone alias "
     "get_T get_mT view_as reshape_as".split()
 )
-_DROPOUTS = frozenset("dropout alpha_dropout feature_alpha_dropout dropout1d dropout2d dropout3d".split())
-_RANDOM = frozenset(
-    "bernoulli multinomial normal rand randn randint randperm rand_like randn_like randint_like uniform rrelu "
-    "gumbel_softmax poisson exponential".split()
-)
-_RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())
 _WRITES = frozenset("add iadd sub isub mul imul div itruediv".split())  # in-place operations that have a rule
 
 MakeFactor = Callable[[Tensor, Partition], Factor]
-
-
-@dataclass(frozen=True, eq=False)
-class RandomState:
-    """The states of the random number generators that operations on a device draw from."""
-
-    device: torch.device
-    cpu: Tensor
-    accelerator: Tensor | None
-
-    @staticmethod
-    def of(device: torch.device) -> RandomState:
-        """The states now."""
-        accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-        return RandomState(device, torch.get_rng_state(), accelerator)
-
-    def restore(self) -> None:
-        """Put the generators back to these states."""
-        torch.set_rng_state(self.cpu)
-        if self.accelerator is not None:
-            torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
 
 
 @dataclass(eq=False)
@@ -92,12 +75,7 @@ class Derivation:
         """The operation on other arguments, with the same random numbers."""
         if self.randomness is None:
             return self.func(*args, **kwargs)
-        now = RandomState.of(self.randomness.device)
-        try:
-            self.randomness.restore()
-            return self.func(*args, **kwargs)
-        finally:
-            now.restore()
+        return self.randomness.replay(self.func, *args, **kwargs)
 
 
 @dataclass(eq=False)
@@ -110,6 +88,7 @@ class Tracked:
         real: what rules use: the leaf, or the derived tensor with its graph.
         derivation: None for a parameter.
         isometric: whether it is a parameter with its entries in another order.
+        unseen: where an operation used the sentinel itself: how.
         sites: the uses with data.
     """
 
@@ -118,6 +97,7 @@ class Tracked:
     real: Tensor
     derivation: Derivation | None = None
     isometric: bool = True
+    unseen: str = ""
     sites: list[Site] = field(default_factory=list)
 
     def replay(self, values: Mapping[str, Tensor]) -> Tensor:
@@ -286,10 +266,6 @@ def zero_tap(like: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dty
     return torch.zeros((), dtype=dtype, device=like.device).expand(shape).detach().requires_grad_()
 
 
-class DrewRandomNumbers(Exception):
-    """Raised inside a joint forward that draws random numbers, when the caller asked to be told."""
-
-
 class Interpreter(TorchFunctionMode):
     """The mode: tracks parameters and what derives from them, and follows the samples of everything else."""
 
@@ -298,6 +274,7 @@ class Interpreter(TorchFunctionMode):
         params: Mapping[str, Tensor],
         samples: int,
         *,
+        randomness: str = "different",
         dropout: bool = True,
         refuse_random: bool = False,
         apply_rule: Callable[..., Any],
@@ -315,6 +292,7 @@ class Interpreter(TorchFunctionMode):
         self.sites: list[Site] = []
         self.level = functorch_level()
         self.nested = nested
+        self.randomness = randomness
         self.dropout = dropout
         self.refuse_random = refuse_random
         self.tracked: list[Tracked] = []
@@ -322,6 +300,7 @@ class Interpreter(TorchFunctionMode):
         self._by_id: dict[int, Tracked] = {}
         self.random = False
         self.dtypes: set[torch.dtype] = set()  # that results had
+        self.device = next(iter(params.values())).device
         for name, param in params.items():
             self._track(Tracked((name,), self.leaf(param), param if nested else self.leaf(param)))
 
@@ -407,14 +386,18 @@ class Interpreter(TorchFunctionMode):
             with self:
                 return steps(*args, **kwargs)
         name = op_name(func)
-        if name in _DROPOUTS | _RANDOM | _RECURRENT or name == "scaled_dot_product_attention":
-            args, kwargs = self._randomness(name, args, kwargs)
+        if name in MAY_DRAW and draws(name, args, kwargs):
+            func, args, kwargs = self._drawing(name, func, args, kwargs)
         tensors = tensors_in(args) + tensors_in(kwargs.values())
         tracked = [t for t in map(self.find, tensors) if t is not None]
-        if tracked and self._must_not_see(func, kwargs):
+        if func is torch.autograd.grad or func is torch.autograd.backward or name == "backward":
+            self._refuse_backward(name)
+        if tracked and (why := self._must_not_see(func, args, kwargs, tensors)):
+            for t in tracked:
+                t.unseen = why
             return func(*args, **kwargs)  # on the sentinels: the backward will find them
         if not tracked or not torch.is_grad_enabled():
-            out = func(*args, **kwargs)
+            out = self._watched(name, func, args, kwargs)
             follow(func, args, kwargs, out, self.samples, self.notes)
             self._doubt_foreign(tensors, out)
             return out
@@ -437,12 +420,29 @@ class Interpreter(TorchFunctionMode):
                 site.axis = self._known(samples_of(next(iter(tensors_in([out])))))
         return out
 
-    def _must_not_see(self, func: Callable, kwargs: Mapping[str, Any]) -> bool:
-        """Uses that no rule can run: inside a functorch transform of the model's own, or writes."""
-        inside = functorch_level() != self.level
+    def _refuse_backward(self, name: str) -> None:
+        """A backward inside `model_fn` runs through values that carry no parameter: its result would lose them."""
+        names = tuple(dict.fromkeys(n for site in self.sites for n in site.tracked.names))
+        if names:
+            raise UnsupportedUse(
+                f"{', '.join(names)}: model_fn runs `{name}` itself, after uses of these parameters; how its result "
+                "depends on them is not followed. Write the derivative with torch.func.grad and pass "
+                "on_unsupported='dense' (exact, one backward pass for each sample).",
+                names,
+            )
+
+    def _must_not_see(self, func: Callable, args: Any, kwargs: Mapping[str, Any], tensors: list[Tensor]) -> str:
+        """Why no rule can run a use, inside a functorch transform of the model's own or a write; "" where one can."""
         name = op_name(func)
+        if functorch_level() != self.level:
+            return f"by `{name}` inside a functorch transform of the model's own"
         writes = name == "setitem" or kwargs.get("out") is not None or (is_in_place(func) and name not in _WRITES)
-        return inside or (writes and torch.is_grad_enabled())
+        if not writes or not torch.is_grad_enabled():
+            return ""
+        target = self.find(args[0]) if args and kwargs.get("out") is None else None
+        if target is not None and target.derivation is not None and all(samples_of(t) is None for t in tensors):
+            return ""
+        return f"by `{name}`, which writes to a tensor"
 
     @staticmethod
     def _known(axis: Samples) -> Samples:
@@ -463,14 +463,17 @@ class Interpreter(TorchFunctionMode):
             numbers.append(item)
         return tuple(numbers) if isinstance(index, tuple) else numbers[0]
 
+    def random_state(self, name: str, args: Any, kwargs: Any) -> RandomState | None:
+        """The generators' states before an operation that draws random numbers, to run it again with them."""
+        return RandomState.of(self.device) if name in MAY_DRAW and draws(name, args, kwargs) else None
+
     # -- parameters without data
 
     def _derive(self, func: Callable, args: Any, kwargs: Any, tracked: list[Tracked]) -> Any:
-        if is_in_place(func):  # the written tensor would hold a parameter unseen
-            return func(*args, **kwargs)
+        if is_in_place(func) or op_name(func) == "setitem":
+            return self._derive_in_place(func, args, kwargs, tracked)
         real_args, real_kwargs = pytree.tree_map(self.real, (args, kwargs))
-        random = op_name(func) in _DROPOUTS | _RANDOM
-        randomness = RandomState.of(tracked[0].real.device) if random else None
+        randomness = self.random_state(op_name(func), args, kwargs)
         out = func(*real_args, **real_kwargs)
         results = tensors_in([out])
         differentiable = [r.requires_grad for r in (tensors_in([func(*args, **kwargs)]) if self.nested else results)]
@@ -500,6 +503,37 @@ class Interpreter(TorchFunctionMode):
                 replacements[id(result)] = derived.sentinel
         return pytree.tree_map(lambda leaf: replacements.get(id(leaf), leaf), out)
 
+    def _derive_in_place(self, func: Callable, args: Any, kwargs: Any, tracked: list[Tracked]) -> Any:
+        """A write to a derived tensor: what it holds afterwards is derived anew, under the same name."""
+        written = self.find(args[0])
+        if written is None:
+            return func(*args, **kwargs)  # on the sentinels: the backward will find them
+        if written.derivation is None or self._is_shared(written):
+            raise UnsupportedUse(
+                f"{', '.join(written.names)}: `{op_name(func)}` writes to a parameter of shape "
+                f"{tuple(written.real.shape)}, or to memory that it shares with a view. Write to a copy (clone()).",
+                written.names,
+            )
+
+        def on_a_copy(first: Tensor, *more: Any, **kwargs: Any) -> Tensor:
+            copy = first.clone()
+            func(copy, *more, **kwargs)
+            return copy
+
+        anew = self._derive(on_a_copy, args, kwargs, tracked)
+        now = self.find(anew)
+        if now is None:
+            return func(*args, **kwargs)
+        now.sentinel = args[0]
+        now.sentinel.data = now.real.detach()
+        self._by_id[id(args[0])] = now
+        return args[0]
+
+    def _is_shared(self, written: Tracked) -> bool:
+        """Whether another tracked tensor sees the memory that this one does."""
+        storage = written.real.untyped_storage().data_ptr()
+        return any(t is not written and t.real.untyped_storage().data_ptr() == storage for t in self.tracked)
+
     # -- tensors of unknown origin
 
     def _foreign(self, tensors: list[Tensor]) -> bool:
@@ -507,43 +541,35 @@ class Interpreter(TorchFunctionMode):
         return any(t.requires_grad and samples_of(t) is None and self.find(t) is None for t in tensors)
 
     def _doubt_foreign(self, tensors: list[Tensor], out: Any) -> None:
-        if self.samples > 1 and self._foreign(tensors):
+        if self.samples > 1 and torch.is_grad_enabled() and self._foreign(tensors):
             for result in tensors_in([out]):
                 if not isinstance(samples_of(result), Lost):
                     set_samples(result, Lost("a tensor that came from outside of torch's own functions", mixed=False))
 
     # -- randomness
 
-    def _randomness(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        if name in _RANDOM:
-            draws = name not in ("rrelu",) or _training(args, kwargs, 3)
-        elif name == "scaled_dot_product_attention":
-            p = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
-            draws = p > 0.0
-            if draws and not self.dropout:
-                return args[:4] + (0.0,) * (len(args) > 4) + args[5:], {
-                    **kwargs,
-                    **({} if len(args) > 4 else {"dropout_p": 0.0}),
-                }
-        elif name in _RECURRENT:
-            at = 5 + (not isinstance(args[2], (tuple, list)))  # packed sequences come with their sizes
-            layers, p, training = args[at - 1 : at + 2]
-            draws = layers > 1 and p > 0 and training
-            if draws and not self.dropout:
-                return (*args[:at], 0.0, *args[at + 1 :]), kwargs
-        else:
-            draws = _training(args, kwargs, 2) and kwargs.get("p", args[1] if len(args) > 1 else 0.5) > 0
-            if draws and not self.dropout:
-                return args[:2] + (False,) * (len(args) > 2) + args[3:], {
-                    **kwargs,
-                    **({} if len(args) > 2 else {"training": False}),
-                }
-        if draws and not (name in _RANDOM and not self.dropout):
-            self.random = True
-            if self.refuse_random:
-                raise DrewRandomNumbers
-        return args, kwargs
+    def _drawing(self, name: str, func: Callable, args: Any, kwargs: Any) -> tuple[Callable, Any, Any]:
+        """An operation that draws random numbers, as this call wants it: silenced, refused, shared or as it is."""
+        if not self.dropout and (silenced := in_eval_mode(name, args, kwargs)) is not None:
+            return func, *silenced
+        if self.randomness == "error":
+            raise refusal(name)
+        if self.refuse_random:
+            raise DrewRandomNumbers
+        self.random = True
+        if self.randomness == "same" and self.samples > 1:
+            tensors = tensors_in(args) + tensors_in(kwargs.values())
+            tracked = [t for t in map(self.find, tensors) if t is not None]
+            if not tracked or all(samples_of(t) is None for t in tensors):  # else a rule takes it apart
+                func = shared(func, self.samples, bool(tracked) and all(t.isometric for t in tracked))
+        return func, args, kwargs
 
-
-def _training(args: Any, kwargs: Any, position: int) -> bool:
-    return bool(kwargs.get("training", args[position] if len(args) > position else True))
+    def _watched(self, name: str, func: Callable, args: Any, kwargs: Any) -> Any:
+        """Run an operation that is not known to draw random numbers, where drawing them matters."""
+        if self.randomness == "different" or name in MAY_DRAW or torch.compiler.is_compiling():
+            return func(*args, **kwargs)
+        before = RandomState.of(self.device)
+        out = func(*args, **kwargs)
+        if before.has_moved():
+            raise refusal(name) if self.randomness == "error" else cannot_share(name, "it is not known how")
+        return out

@@ -29,7 +29,8 @@ def causal_lm_loss(output: Any, batch: Any) -> Tensor:
         output: logits `[B, T, V]`, or a transformers output with `.logits`.
         batch: a dict with `labels [B, T]` (or, without them, `input_ids [B, T]`), a tuple whose last element are the
             labels, or the ids themselves. Labels stand beside their inputs and are shifted here, once. Targets of
-            -100 are ignored; where labels are absent, so are targets whose `attention_mask` is 0.
+            -100 are ignored; where labels are absent, so are targets whose `attention_mask`, or whose predecessor's,
+            is 0.
 
     Returns:
         `[B]`, float32 for lower-precision logits. A sample without unmasked targets has loss 0 and gradient 0.
@@ -67,7 +68,10 @@ def _labels(batch: Any) -> Tensor:
             return batch["labels"]
         mask = batch.get("attention_mask")
         ids = batch["input_ids"]
-        return ids if mask is None or mask.shape != ids.shape else ids.masked_fill(mask == 0, IGNORED)
+        if mask is None or mask.shape != ids.shape:
+            return ids
+        unread = (mask == 0) | (F.pad(mask[:, :-1], (1, 0)) == 0)  # nor is a token that only padding stands before
+        return ids.masked_fill(unread, IGNORED)
     return batch[-1]
 
 

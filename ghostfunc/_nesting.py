@@ -1,7 +1,7 @@
 """Calls inside other transforms: `torch.func`'s (a level of its own for our backward) and a compiler's (no values yet).
 
-Inside `torch.func.grad`, `vmap` or `jvp` of a function that calls ghostfunc, our backward runs at a functorch level of its
-own, above the outer transform's: what comes out of it is unwrapped, and is a function of the outer inputs.
+Inside `torch.func.grad`, `vmap` or `jvp` of a function that calls ghostfunc, our backward runs at a functorch level of
+its own, above the outer transform's: what comes out of it is unwrapped, and is a function of the outer inputs.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from ghostfunc._functionalize import ModelFn
 from ghostfunc._interpreter import Interpreter, Site, Tracked
 from ghostfunc._nesting import functorch_level, own_level, readable, unrecorded, unwrapped
 from ghostfunc._probe import probe
+from ghostfunc._randomness import RandomState
 from ghostfunc._rules import apply_rule
 from ghostfunc._sample_axis import Lost, Partition, SampleAxis, samples_of, set_samples
 
@@ -41,6 +42,7 @@ class Want:
         train: how many samples, the first ones, enter the gradient.
         weights: the cotangent of the losses: the weight of each sample, `[S]`; None for ones.
         factors: names of the parameters whose factors are wanted.
+        randomness: "different", "same" or "error": whether samples draw the same random numbers, or none may be drawn.
         dropout: whether dropout draws; otherwise it is the identity.
         refuse_random: raise `DrewRandomNumbers` where the forward draws random numbers.
         has_aux: whether `model_fn` returns `(losses, aux)`.
@@ -55,6 +57,7 @@ class Want:
     grads: bool = False
     weights: Tensor | None = None
     factors: frozenset[str] = frozenset()
+    randomness: str = "different"
     dropout: bool = True
     refuse_random: bool = False
     has_aux: bool = False
@@ -166,7 +169,7 @@ def _run(
     if level is not None and doubt:
         raise UnsupportedUse(
             f"{doubt}, and inside a functorch transform (vmap, grad or jvp of the call) no probe of the backward can "
-            "tell the samples apart. Call it outside of the transform, or write the operation with ones that are followed.",
+            "tell the samples apart. Call it outside of the transform, or use operations that are followed.",
             tuple(params),
         )
     for site in mode.sites:
@@ -196,6 +199,7 @@ def forward(
     mode = Interpreter(
         params,
         samples,
+        randomness=want.randomness,
         dropout=want.dropout,
         refuse_random=want.refuse_random,
         apply_rule=apply_rule,
@@ -225,17 +229,20 @@ def _check_alone(
     losses: Tensor,
     doubt: str,
 ) -> None:
-    """Raise where the loss of one of these samples alone is not its loss in the batch."""
+    """Raise where the loss of one of these samples alone is not its loss in the batch, both without dropout."""
+    before = RandomState.of(mode.device) if mode.random else None
 
-    def losses_of(part: Any) -> Tensor:
-        with torch.no_grad(), Interpreter(params, 1, dropout=False, apply_rule=apply_rule, dtype=want.dtype):
-            out = model_fn(dict(params), part)
+    def losses_of(part: Any, size: int) -> Tensor:
+        quiet = Interpreter(params, size, randomness="same", dropout=False, apply_rule=apply_rule, dtype=want.dtype)
+        part = pytree.tree_map_only(Tensor, lambda t: _carrying(t, size), part)
+        with torch.no_grad(), quiet:
+            out = model_fn(dict(params), part) if before is None else before.replay(model_fn, dict(params), part)
         return out[0] if want.has_aux else out
 
-    together = losses_of(batch) if mode.random else losses
+    together = losses_of(batch, len(losses)) if mode.random else losses
     tolerance = _ALONE_TOLERANCE.get(mode.precision, 3e-2)
     for sample in samples:
-        alone = losses_of(pytree.tree_map_only(Tensor, lambda t, s=sample: t[s : s + 1], batch))
+        alone = losses_of(pytree.tree_map_only(Tensor, lambda t, s=sample: t[s : s + 1], batch), 1)
         error = (alone.reshape(-1)[0] - together[sample]).abs()
         if not float(error) <= tolerance * (1 + float(together[sample].abs())):
             raise InteractingSamples(
@@ -386,9 +393,12 @@ def _backward(mode: Interpreter, losses: Tensor, want: Want, doubt: str, level: 
 def _refuse(uncounted: list[Tracked]) -> None:
     names = tuple(dict.fromkeys(name for t in uncounted for name in t.names))
     shapes = ", ".join(f"{name} {tuple(t.sentinel.shape)}" for t in uncounted for name in t.names)
+    how = "; ".join(dict.fromkeys(t.unseen for t in uncounted if t.unseen)) or (
+        "by an operation that the interpreter does not see (a torch.autograd.Function of your own, torch.jit.script, "
+        "a C++ extension)"
+    )
     raise UnsupportedUse(
-        f"{shapes}: used by an operation that the interpreter does not see (a torch.autograd.Function of your own, "
-        "torch.jit.script, a C++ extension), so that its per-sample gradient would be missing. Freeze the parameter "
+        f"{shapes}: used {how}, so that its per-sample gradient would be missing. Freeze the parameter "
         "(requires_grad_(False)), pass on_unsupported='dense' (exact, one backward pass for each sample), or write the "
         "operation in torch functions.",
         names,
