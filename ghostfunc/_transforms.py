@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 from ghostfunc._batch import batch_size, cannot_join, join, plain
 from ghostfunc._factors import Factor
 from ghostfunc._functionalize import ModelFn
-from ghostfunc._interpreter import DrewRandomNumbers, RandomState
 from ghostfunc._nesting import unrecorded
 from ghostfunc._products import Along, Joint, Products, WithSamples
+from ghostfunc._randomness import RANDOMNESS, DrewRandomNumbers, RandomState
 from ghostfunc._run import Run, Want, base_factor, run
 
 Params = Mapping[str, Tensor]
@@ -144,6 +144,7 @@ class _Call(NamedTuple):
     names: frozenset[str]
     has_aux: bool
     lenient: bool
+    randomness: str
 
     def run(self, batch: Any, samples: int, **want: Any) -> Run:
         return run(
@@ -151,7 +152,13 @@ class _Call(NamedTuple):
             self.params,
             batch,
             samples,
-            Want(dtype=self.dtype, has_aux=self.has_aux, lenient=self.lenient, **want),
+            Want(
+                dtype=self.dtype,
+                has_aux=self.has_aux,
+                lenient=self.lenient,
+                randomness=self.randomness,
+                **want,
+            ),
         )
 
     def contracted(self, products: Products, batch: Any, samples: int, **want: Any) -> Run:
@@ -165,12 +172,16 @@ def _checked(
     layers: str | Callable[[str], bool],
     has_aux: bool,
     on_unsupported: str,
+    randomness: str,
 ) -> _Call:
     params = _check_params(params)
     if on_unsupported not in ("raise", "dense"):
         raise ValueError(f"on_unsupported={on_unsupported!r}: expected 'raise' or 'dense'.")
+    if randomness not in RANDOMNESS:
+        raise ValueError(f"randomness={randomness!r}: expected {', '.join(map(repr, RANDOMNESS))}.")
     names = match_layers(layers, list(params))
-    return _Call(model_fn, params, _contraction_dtype(params, dtype), names, has_aux, on_unsupported == "dense")
+    lenient = on_unsupported == "dense"
+    return _Call(model_fn, params, _contraction_dtype(params, dtype), names, has_aux, lenient, randomness)
 
 
 def _dots(
@@ -201,9 +212,12 @@ def _dots(
     if joint:
         before = RandomState.of(device)
         try:
-            return _joint(call, train, val, n, m, axes, reduction, grads, refuse_random=schedule == "auto")
+            result = _joint(call, train, val, n, m, axes, reduction, grads, refuse_random=schedule == "auto")
+            if schedule == "joint" or not before.has_moved():
+                return result
         except DrewRandomNumbers:
-            before.restore()
+            pass
+        before.restore()
     return _two_phase(call, train, val, n, m, axes, reduction, precondition, grads)
 
 
@@ -297,6 +311,7 @@ def ghost_grad_dot(
     layers: str | Callable[[str], bool] = "",
     has_aux: bool = False,
     on_unsupported: str = "raise",
+    randomness: str = "different",
 ) -> Any:
     """Dot products of each train sample's gradient with the validation gradient.
 
@@ -321,13 +336,19 @@ def ghost_grad_dot(
         has_aux: `model_fn` returns `(losses, aux)`, and the result is `(dots, aux)` with the train batch's aux.
         on_unsupported: "raise", or "dense": a parameter used where no rule sees it costs one backward pass for each
             sample, and is exact.
+        randomness: what dropout and other random operations draw for the train samples, as in `torch.func.vmap`.
+            "different": every sample its own numbers, those that a plain training step on the same batch and seed
+            draws; "same": every sample the same, those that it draws alone in its batch; "error": drawing raises.
+            Dropout is off for the validation samples of the two-phase schedule, which "auto" takes.
 
     Returns:
         The dot products in the axes of `out`; with `has_aux`, `(dots, aux)`.
 
     Raises:
-        UnsupportedUse: if the use of a parameter is not accounted for.
+        UnsupportedUse: if the use of a parameter is not accounted for, or if the samples cannot share what a random
+            operation draws (randomness="same").
         InteractingSamples: if a sample's loss depends on other samples.
+        RuntimeError: if random numbers are drawn (randomness="error").
         ValueError: for batches, axes, layers or schedules that do not fit.
 
     Example:
@@ -340,7 +361,7 @@ def ghost_grad_dot(
         >>> gf.ghost_grad_dot(model_fn, params, train, val, out="train val").shape
         torch.Size([5, 2])
     """
-    call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported)
+    call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness)
     values, aux = _dots(
         call,
         train,
@@ -368,6 +389,7 @@ def value_and_grad_dot(
     layers: str | Callable[[str], bool] = "",
     has_aux: bool = False,
     on_unsupported: str = "raise",
+    randomness: str = "different",
 ) -> Any:
     """Losses, the mean training gradient and the dot products of `ghost_grad_dot`, from one forward and backward.
 
@@ -385,6 +407,7 @@ def value_and_grad_dot(
         layers: restricts the dot products; `grads` has every parameter.
         has_aux: as in `ghost_grad_dot`.
         on_unsupported: as in `ghost_grad_dot`.
+        randomness: as in `ghost_grad_dot`.
 
     Returns:
         `ValueAndGradDot(losses[n], val_losses[m], grads, dots)`; `grads` is what `torch.func.grad` of the mean train
@@ -405,7 +428,7 @@ def value_and_grad_dot(
         >>> result.losses.shape, result.grads["weight"].shape, result.dots.shape
         (torch.Size([5]), torch.Size([3, 4]), torch.Size([5]))
     """
-    call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported)
+    call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness)
     values, aux = _dots(
         call,
         train,
@@ -430,6 +453,7 @@ def ghost_grad_along(
     layers: str | Callable[[str], bool] = "",
     has_aux: bool = False,
     on_unsupported: str = "raise",
+    randomness: str = "different",
 ) -> Any:
     """Dot products of each sample's gradient with a direction: d[b] = <grad l_b, direction>.
 
@@ -443,6 +467,7 @@ def ghost_grad_along(
         layers: as in `ghost_grad_dot`.
         has_aux: as in `ghost_grad_dot`.
         on_unsupported: as in `ghost_grad_dot`.
+        randomness: as in `ghost_grad_dot`.
 
     Returns:
         `[B]`, or a dict of them; with `has_aux`, `(dots, aux)`.
@@ -459,7 +484,7 @@ def ghost_grad_along(
         >>> gf.ghost_grad_along(model_fn, params, batch, {k: torch.ones_like(p) for k, p in params.items()}).shape
         torch.Size([5])
     """
-    call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported)
+    call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness)
     axes = _axes(out, ("param", "train"))
     batch = plain(batch)
     samples = batch_size(batch, "given")
@@ -478,6 +503,7 @@ def ghost_factors(
     layers: str | Callable[[str], bool] = "",
     has_aux: bool = False,
     on_unsupported: str = "raise",
+    randomness: str = "different",
 ) -> Any:
     """The factors of every parameter's per-sample gradients, as values.
 
@@ -493,6 +519,7 @@ def ghost_factors(
         layers: as in `ghost_grad_dot`.
         has_aux: as in `ghost_grad_dot`.
         on_unsupported: as in `ghost_grad_dot`.
+        randomness: as in `ghost_grad_dot`.
 
     Returns:
         `(losses[B], {name: [Outer | Gather | Dense, ...]})`, one factor for each use; an empty list for a
@@ -509,7 +536,7 @@ def ghost_factors(
         >>> factors["weight"][0].a.shape, factors["weight"][0].g.shape
         (torch.Size([2, 1, 4]), torch.Size([2, 1, 3]))
     """
-    call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported)
+    call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness)
     batch = plain(batch)
     samples = batch_size(batch, "given")
     result = call.run(batch, samples, train=samples, factors=call.names)
