@@ -265,7 +265,9 @@ class Transformer(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self.batch_first = options["batch_first"]
-        self.model = nn.Transformer(8, 2, 1, 2, 12, dropout=0.0, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # advises another layout
+            self.model = nn.Transformer(8, 2, 1, 2, 12, dropout=0.0, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, T, 8]` to `[B, 3, 8]`."""
@@ -317,6 +319,12 @@ ATTENTION_CASES = [
         "encoder stack, training", lambda: EncoderStack(frozen=False, padded=True, activation="gelu"), 4, 8, train=True
     ),
     module_case("encoder stack frozen", lambda: EncoderStack(frozen=True, padded=False), 4, 8),
+    module_case(
+        "encoder stack frozen after a layer that is not",
+        lambda: nn.Sequential(nn.Linear(8, 8), EncoderStack(frozen=True, padded=True)),
+        4,
+        8,
+    ),
     module_case("encoder stack frozen and padded", lambda: EncoderStack(frozen=True, padded=True), 4, 8),
 ]
 

@@ -277,6 +277,10 @@ VISION_AND_AUDIO = [
 # --- LoRA -------------------------------------------------------------------------------------------------------------
 
 LLAMA = {**SMALL, "num_key_value_heads": 1, "use_cache": False}
+GPT2 = {
+    "vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "use_cache": False,
+    "bos_token_id": 2, "eos_token_id": 3,
+}  # fmt: skip
 
 
 def adapted(kind: str, config: str, options: dict[str, Any], **lora: Any) -> Any:
@@ -297,8 +301,7 @@ LORA = [
     model_case("lora llama", adapted("LlamaForCausalLM", "LlamaConfig", LLAMA, target_modules=["q_proj", "v_proj"]),
                gf.causal_lm_loss, padded),
     model_case("lora gpt2 conv1d, embedding and head", adapted(
-        "GPT2LMHeadModel", "GPT2Config", {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 1, "n_head": 2,
-                                          "n_positions": 16, "tie_word_embeddings": False},
+        "GPT2LMHeadModel", "GPT2Config", {**GPT2, "tie_word_embeddings": False},
         target_modules=["c_attn", "c_proj", "wte", "lm_head"], fan_in_fan_out=True,
     ), gf.causal_lm_loss, padded),
     model_case("lora with trained norms, biases and head", adapted(
