@@ -18,14 +18,17 @@ from torch.utils import _pytree as pytree
 
 from ghostfunc._composites import COMPOSITES
 from ghostfunc._errors import InteractingSamples, UnsupportedUse
-from ghostfunc._factors import Dense, Factor, Gather, Outer, Own
+from ghostfunc._factors import Dense, Factor, Gather, Outer
 from ghostfunc._interpreter import Interpreter
 from ghostfunc._nesting import readable
 from ghostfunc._operations import is_in_place, op_name
+from ghostfunc._randomness import cannot_share
 from ghostfunc._rules_conv import CONVOLUTIONS
+from ghostfunc._rules_lookups import LOOKUPS
 from ghostfunc._rules_norm import NORMS
+from ghostfunc._rules_pointwise import POINTWISE
 from ghostfunc._rules_products import PRODUCTS
-from ghostfunc._sample_axis import Lost, Partition, SampleAxis, samples_of
+from ghostfunc._sample_axis import Lost, Partition, samples_of
 from ghostfunc._tap import NO_RULE, Rule, Use, tapped
 
 # ---------------------------------------------------------------- linear maps
@@ -181,7 +184,7 @@ def _embedding(
     return result
 
 
-# ---------------------------------------------------------------- norms, scales, biases
+# ---------------------------------------------------------------- norms
 
 
 def _layer_norm(
@@ -220,63 +223,6 @@ def _layer_norm(
     )
 
 
-def _dense_or_own(entry: Tensor, samples: Partition, shape: torch.Size) -> Factor:
-    if isinstance(samples, SampleAxis) and samples.samples > 1 and samples.owners is None:
-        dim = samples.dim - entry.dim() + len(shape)
-        if dim >= 0 and shape[dim] != 1:  # the tensor has a part for each sample
-            axis = SampleAxis(dim, samples.samples, samples.outer, samples.inner)
-            return Own(axis.split(entry.sum_to_size(shape)), axis)
-    return Dense(samples.sum_to(entry, shape))
-
-
-def _entrywise(op: str, x: Any, p: Any) -> Tensor:
-    if op == "mul":
-        return x * p
-    if op == "div":
-        return x / p
-    return x + p if op == "add" else x - p if op == "sub" else p - x
-
-
-def _broadcast(op: str) -> Rule:
-    """Arithmetic with broadcasting, x + p, x - p, p - x, x * p, x / p: Dense(the entrywise gradient, summed)."""
-
-    def rule(mode: Interpreter, func: Callable, input: Any, other: Any, **kwargs: Any) -> Any:
-        left, right = mode.find(input), mode.find(other)
-        if kwargs or (left is None) == (right is None):
-            return NO_RULE
-        which = op
-        if left is not None:
-            if op == "div" or is_in_place(func):
-                return NO_RULE
-            input, other, right = other, input, left
-            which = {"sub": "rsub", "rsub": "sub"}.get(op, op)
-        if not isinstance(input, Tensor) or right is None:
-            return NO_RULE
-        in_place = is_in_place(func)
-        x = input.clone() if in_place and which in ("mul", "div") else input  # the backward needs it unchanged
-        p = mode.value(other)
-        out = _entrywise(which, x, p)
-        if not out.is_floating_point() or out.dim() == 0:
-            return NO_RULE
-        saved = {"mul": (x,), "div": (x, p)}.get(which, ())
-        shape = p.shape
-
-        def dense(g: Tensor, samples: Partition, *saved: Tensor) -> Factor:
-            if which == "mul":
-                entry = g * saved[0]
-            elif which == "div":
-                x, p = saved
-                entry = -g * x / (p * p)
-            else:
-                entry = -g if which == "sub" else g
-            return _dense_or_own(entry, samples, shape)
-
-        result = tapped(mode, op, out, saved, Use(right, "dense", dense))
-        return input.copy_(result) if in_place else result
-
-    return rule
-
-
 # ---------------------------------------------------------------- anything else
 
 
@@ -308,6 +254,9 @@ def _opaque(mode: Interpreter, name: str, func: Callable, args: Any, kwargs: Any
         args, kwargs = pytree.tree_unflatten(filled, spec)
         return func(*args, **kwargs)
 
+    state = mode.random_state(name, args, kwargs)
+    if state is not None and mode.randomness == "same" and mode.samples > 1:
+        raise cannot_share(name, f"it takes {', '.join(names)} together with data, and has no rule")
     values = [mode.value(t) for t in tensors]
     out = operation(*values)
     if not isinstance(out, Tensor):
@@ -319,7 +268,7 @@ def _opaque(mode: Interpreter, name: str, func: Callable, args: Any, kwargs: Any
         """The operation's gradients with respect to one of its tensors, for each cotangent."""
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_(k == place) for k, t in enumerate(saved)]
-            again = operation(*inputs)
+            again = operation(*inputs) if state is None else state.replay(operation, *inputs)
             if not again.requires_grad:
                 return [torch.zeros_like(saved[place]) for _ in cotangents]
             found = [
@@ -342,6 +291,8 @@ def _opaque(mode: Interpreter, name: str, func: Callable, args: Any, kwargs: Any
 
 
 RULES: dict[str, Rule] = {
+    **POINTWISE,
+    **LOOKUPS,
     **PRODUCTS,
     "linear": _linear,
     "addmm": _addmm,
@@ -354,11 +305,6 @@ RULES: dict[str, Rule] = {
     "layer_norm": _layer_norm,
     **CONVOLUTIONS,
     **NORMS,
-    **{name: _broadcast("add") for name in ("add", "radd", "iadd")},
-    **{name: _broadcast("sub") for name in ("sub", "isub", "subtract")},
-    "rsub": _broadcast("rsub"),
-    **{name: _broadcast("mul") for name in ("mul", "rmul", "imul", "multiply")},
-    **{name: _broadcast("div") for name in ("div", "truediv", "itruediv", "divide", "true_divide")},
     **COMPOSITES,
 }
 

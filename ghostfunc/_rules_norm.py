@@ -66,7 +66,7 @@ def _rms_norm(
     input: Tensor,
     normalized_shape: Any,
     weight: Tensor | None = None,
-    eps: float | None = None,
+    eps: int | float | None = None,
 ) -> Any:
     return _scale_and_shift(
         mode, "rms_norm", input, weight, None, tuple(normalized_shape),
@@ -82,7 +82,7 @@ def _group_norm(
     num_groups: int,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    eps: float = 1e-5,
+    eps: int | float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Any:
     return _scale_and_shift(
@@ -101,8 +101,8 @@ def _instance_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
+    momentum: int | float = 0.1,
+    eps: int | float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Any:
     if func is torch.instance_norm:  # its arguments are (input, weight, bias, running_mean, running_var, ...)
@@ -124,8 +124,8 @@ def _batch_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
+    momentum: int | float = 0.1,
+    eps: int | float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Any:
     if func is torch.batch_norm:  # its arguments are (input, weight, bias, running_mean, running_var, ...)
@@ -162,8 +162,8 @@ def _embedding_bag(
     input: Tensor,
     weight: Tensor,
     offsets: Tensor | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
+    max_norm: int | float | None = None,
+    norm_type: int | float = 2.0,
     scale_grad_by_freq: bool = False,
     mode: str = "mean",
     sparse: bool = False,

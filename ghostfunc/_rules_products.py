@@ -24,10 +24,10 @@ from torch import Tensor
 from ghostfunc._factors import Dense, Factor, Own
 from ghostfunc._interpreter import Interpreter
 from ghostfunc._letters import NAMES, as_einsum
+from ghostfunc._lift import unexpanded
 from ghostfunc._operations import einsum_letters, is_in_place
 from ghostfunc._sample_axis import Partition, RowMap, SampleAxis, samples_of
 from ghostfunc._tap import NO_RULE, Rule, Use, tapped
-from ghostfunc._unexpand import unexpanded
 
 # ---------------------------------------------------------------- einsum
 
