@@ -5,11 +5,14 @@ arguments and nothing of the module changes.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.nn.utils.stateless import _reparametrize_module
+
+from ghostfunc._interpreter import Interpreter
 
 LossFn = Callable[[Any, Any], Tensor]
 ModelFn = Callable[[dict[str, Tensor], Any], Any]
@@ -53,8 +56,6 @@ def functionalize(
 
     Raises:
         ValueError: if the module has no trainable parameter.
-        RuntimeError: by `model_fn`, if the module has activation checkpointing switched on: its recomputation would
-            run with the module's own weights instead of `params`.
 
     Example:
         >>> import torch, ghostfunc as gf
@@ -70,11 +71,12 @@ def functionalize(
         raise ValueError("functionalize: the module has no parameter with requires_grad=True, so it has no gradients.")
 
     def model_fn(params: dict[str, Tensor], batch: Any) -> Tensor:
-        _refuse_checkpointing(module)
         swapped = {prefix + name: tensor for name, tensor in params.items()}
         swapped |= {prefix + name: buffer.clone() for name, buffer in module.named_buffers()}
-        with _recurrent_layers_as_they_were(module):
-            return loss(functional_call(wrapper, swapped, (batch,)), batch)
+        with _checkpointing(module, lambda: _swapped(wrapper, swapped)), _recurrent_layers_as_they_were(module):
+            with _swapped(wrapper, swapped):
+                output = wrapper(batch)
+            return loss(output, batch)
 
     return model_fn, params
 
@@ -90,11 +92,34 @@ def _recurrent_layers_as_they_were(module: nn.Module) -> Iterator[None]:
             layer._flat_weights, layer._flat_weight_refs = weights, references
 
 
-def _refuse_checkpointing(module: nn.Module) -> None:
-    for name, submodule in module.named_modules():
-        if submodule.training and getattr(submodule, "gradient_checkpointing", False):
-            raise RuntimeError(
-                f"activation checkpointing is switched on in {name or 'the module'!r}: its recomputation runs with the "
-                "module's own weights, not with params, and gradients would be silently wrong. Switch it off "
-                "(gradient_checkpointing_disable() on a transformers model) before the call."
-            )
+def _swapped(wrapper: _Call, tensors: dict[str, Tensor]) -> AbstractContextManager:
+    return _reparametrize_module(wrapper, tensors, tie_weights=True, strict=False, stack_weights=True)
+
+
+@contextmanager
+def _checkpointing(module: nn.Module, swap: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """Activation checkpointing as it was asked for, where the recomputation can run with the same parameters.
+
+    Under the interpreter the backward enters `swap` again, and checkpointing is of the kind that can be recomputed there
+    (`use_reentrant=False`). Elsewhere the recomputation would run with the module's own weights, so that nothing is
+    checkpointed: the same numbers, in more memory.
+    """
+    interpreter = Interpreter.current()
+    checkpointed = [m for m in module.modules() if m.training and getattr(m, "gradient_checkpointing", False)]
+    before = [(m, dict(m.__dict__)) for m in checkpointed]
+    if interpreter is not None and not interpreter.nested:
+        interpreter.again_in_backward(swap)
+        for m in checkpointed:
+            how: Any = m._gradient_checkpointing_func
+            m._gradient_checkpointing_func = partial(how, use_reentrant=False)  # type: ignore[assignment]
+    else:
+        for m in checkpointed:
+            m.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for m, attributes in before:
+            for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+                m.__dict__.pop(name, None)
+                if name in attributes:
+                    m.__dict__[name] = attributes[name]

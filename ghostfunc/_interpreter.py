@@ -12,14 +12,15 @@ mode did not see, and the call raises.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
 from ghostfunc._bodies import body
@@ -27,7 +28,7 @@ from ghostfunc._contract import total
 from ghostfunc._errors import UnsupportedUse
 from ghostfunc._factors import Dense, Factor, Own
 from ghostfunc._follow import follow
-from ghostfunc._nesting import functorch_level, leaf_at, readable
+from ghostfunc._nesting import functorch_level, leaf_at, readable, saved_tensors_are_hooked
 from ghostfunc._operations import LIKE_ANOTHER, is_in_place, op_name, tensors_in
 from ghostfunc._parts import SELECTIONS, Part, part_of
 from ghostfunc._randomness import (
@@ -37,6 +38,7 @@ from ghostfunc._randomness import (
     cannot_share,
     draws,
     in_eval_mode,
+    in_place_by_name,
     refusal,
     shared,
 )
@@ -296,6 +298,10 @@ class Interpreter(TorchFunctionMode):
         self.dropout = dropout
         self.refuse_random = refuse_random
         self.tracked: list[Tracked] = []
+        self.checkpointed = False  # whether the backward will run a part of the forward again
+        self.recomputing = False
+        self._again: list[Callable[[], AbstractContextManager]] = []
+        self._others: set[int] = set()  # parameters of modules that are not tracked
         self.notes: list[str] = []  # why integers of the whole batch decided what a sample goes through
         self._by_id: dict[int, Tracked] = {}
         self.random = False
@@ -303,6 +309,56 @@ class Interpreter(TorchFunctionMode):
         self.device = next(iter(params.values())).device
         for name, param in params.items():
             self._track(Tracked((name,), self.leaf(param), param if nested else self.leaf(param)))
+
+    @staticmethod
+    def current() -> Interpreter | None:
+        """The interpreter that is running, if one is."""
+        running = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, Interpreter)]
+        return running[-1] if running else None
+
+    def again_in_backward(self, enter: Callable[[], AbstractContextManager]) -> None:
+        """Enter a context around the backward too: activation checkpointing runs parts of the forward there."""
+        self._again.append(enter)
+
+    def gradients(
+        self, output: Tensor, inputs: list[Tensor], weight: Tensor, *, keep: bool
+    ) -> tuple[Tensor | None, ...]:
+        """A backward pass; where it runs parts of the forward again, they run as they did."""
+        if not self.checkpointed or self.nested:
+            return torch.autograd.grad(
+                output, inputs, weight, allow_unused=True, retain_graph=keep, create_graph=self.nested
+            )
+        with ExitStack() as stack:
+            for enter in self._again:
+                stack.enter_context(enter())
+            self.recomputing = True
+            stack.callback(setattr, self, "recomputing", False)
+            stack.enter_context(self)
+            # torch.autograd.grad is a torch function, and would leave the mode before the engine starts.
+            return torch.autograd.Variable._execution_engine.run_backward(
+                (output,), (weight,), keep, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False
+            )
+
+    def _watch_checkpoint(self, tensors: list[Tensor]) -> None:
+        """Notice activation checkpointing; in its recomputation, notice weights that the forward did not have."""
+        if any(t.grad_fn is not None and t.grad_fn.name() == "CheckpointFunctionBackward" for t in tensors):
+            raise UnsupportedUse(
+                "reentrant activation checkpointing hides the parameters that it runs over from autograd. Pass "
+                "use_reentrant=False to torch.utils.checkpoint.checkpoint.",
+                tuple(self.leaves),
+            )
+        own = {id(t) for t in tensors if isinstance(t, torch.nn.Parameter) and t.requires_grad}
+        if not self.recomputing:
+            self.checkpointed = self.checkpointed or saved_tensors_are_hooked()
+            self._others |= own
+        elif own - self._others:
+            shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
+            raise UnsupportedUse(
+                f"activation checkpointing runs an operation on shapes {shapes} again with a module's own parameters "
+                "instead of params: torch.func.functional_call had put them back. Make model_fn with "
+                "gf.functionalize, which swaps them in again, or switch checkpointing off.",
+                tuple(self.leaves),
+            )
 
     @property
     def sentinels(self) -> dict[str, Tensor]:
@@ -322,7 +378,8 @@ class Interpreter(TorchFunctionMode):
         return tensor.detach().requires_grad_()
 
     def _track(self, tracked: Tracked) -> Tracked:
-        self.tracked.append(tracked)
+        if not self.recomputing:
+            self.tracked.append(tracked)
         self._by_id[id(tracked.sentinel)] = tracked
         return tracked
 
@@ -336,8 +393,9 @@ class Interpreter(TorchFunctionMode):
         site.positions = out.numel() // max(1, site.width * self.samples)
         if not self.nested:
             site.taps = self._taps(site, out)
-        tracked.sites.append(site)
-        self.sites.append(site)
+        if not self.recomputing:
+            tracked.sites.append(site)
+            self.sites.append(site)
         return site
 
     def _taps(self, site: Site, out: Tensor) -> dict[str, Tensor]:
@@ -390,6 +448,7 @@ class Interpreter(TorchFunctionMode):
             func, args, kwargs = self._drawing(name, func, args, kwargs)
         tensors = tensors_in(args) + tensors_in(kwargs.values())
         tracked = [t for t in map(self.find, tensors) if t is not None]
+        self._watch_checkpoint(tensors)
         if func is torch.autograd.grad or func is torch.autograd.backward or name == "backward":
             self._refuse_backward(name)
         if tracked and (why := self._must_not_see(func, args, kwargs, tensors)):
@@ -476,7 +535,9 @@ class Interpreter(TorchFunctionMode):
         randomness = self.random_state(op_name(func), args, kwargs)
         out = func(*real_args, **real_kwargs)
         results = tensors_in([out])
-        differentiable = [r.requires_grad for r in (tensors_in([func(*args, **kwargs)]) if self.nested else results)]
+        if self.nested:
+            of_sentinels = func(*args, **kwargs) if randomness is None else randomness.replay(func, *args, **kwargs)
+        differentiable = [r.requires_grad for r in (tensors_in([of_sentinels]) if self.nested else results)]
         if not any(differentiable):
             return out
         if len(pytree.tree_leaves(out)) < len(results):  # results in a container that cannot be opened
@@ -520,6 +581,8 @@ class Interpreter(TorchFunctionMode):
             func(copy, *more, **kwargs)
             return copy
 
+        if op_name(func) in MAY_DRAW:  # by this name its draws are known
+            on_a_copy.__name__ = op_name(func)
         anew = self._derive(on_a_copy, args, kwargs, tracked)
         now = self.find(anew)
         if now is None:
@@ -557,16 +620,27 @@ class Interpreter(TorchFunctionMode):
         if self.refuse_random:
             raise DrewRandomNumbers
         self.random = True
-        if self.randomness == "same" and self.samples > 1:
-            tensors = tensors_in(args) + tensors_in(kwargs.values())
-            tracked = [t for t in map(self.find, tensors) if t is not None]
-            if not tracked or all(samples_of(t) is None for t in tensors):  # else a rule takes it apart
-                func = shared(func, self.samples, bool(tracked) and all(t.isometric for t in tracked))
+        tensors = tensors_in(args) + tensors_in(kwargs.values())
+        tracked = [t for t in map(self.find, tensors) if t is not None]
+        if tracked:
+            func, args, kwargs = in_place_by_name(name, func, args, kwargs)
+        by_rule = bool(tracked) and any(samples_of(t) is not None for t in tensors)  # a rule takes it apart
+        if self.randomness == "same" and self.samples > 1 and not by_rule:
+            func = shared(func, self.samples, bool(tracked) and all(t.isometric for t in tracked))
         return func, args, kwargs
+
+    def drew_unseen(self) -> None:
+        """Numbers were drawn in the forward by an operation that is not known to draw, or was not seen."""
+        if self.randomness == "error":
+            raise refusal("an operation of the model")
+        if self.refuse_random:
+            raise DrewRandomNumbers
+        self.random = True
 
     def _watched(self, name: str, func: Callable, args: Any, kwargs: Any) -> Any:
         """Run an operation that is not known to draw random numbers, where drawing them matters."""
-        if self.randomness == "different" or name in MAY_DRAW or torch.compiler.is_compiling():
+        matters = self.randomness == "error" or (self.randomness == "same" and self.samples > 1)
+        if not matters or name in MAY_DRAW or torch.compiler.is_compiling():
             return func(*args, **kwargs)
         before = RandomState.of(self.device)
         out = func(*args, **kwargs)

@@ -49,6 +49,11 @@ def unrecorded() -> AbstractContextManager:
     return torch.no_grad() if functorch_level() is None else nullcontext()
 
 
+def saved_tensors_are_hooked() -> bool:
+    """Whether what autograd saves goes through hooks: activation checkpointing, or offloading."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def readable(tensor: Tensor) -> bool:
     """Whether a tensor has values that can be looked at: not under `vmap`, nor while a compiler traces."""
     while functorch.is_functorch_wrapped_tensor(tensor):  # pyright: ignore[reportAttributeAccessIssue]

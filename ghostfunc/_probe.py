@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ghostfunc._errors import InteractingSamples, interaction
-from ghostfunc._interpreter import Site
+from ghostfunc._interpreter import Interpreter, Site
 from ghostfunc._sample_axis import Partition, RowMap, SampleAxis
 
 _BASE = 8  # weights 1 to 128 in one pass
@@ -23,6 +23,7 @@ _FLOAT16_BASE = 2  # its greatest number is 65504
 
 
 def probe(
+    mode: Interpreter,
     losses: Tensor,
     weights: Tensor,
     sites: list[Site],
@@ -35,6 +36,7 @@ def probe(
     """The sample of each row, digit by digit of its number: one backward pass for each digit.
 
     Args:
+        mode: the interpreter of the forward.
         losses: `[S]`, with their graph.
         weights: `[S]`, of the pass that was made.
         sites: the uses of parameters.
@@ -57,13 +59,8 @@ def probe(
     while probed and digit < samples:
         number = torch.arange(samples, device=losses.device) // digit % base
         last = digit * base >= samples
-        again = torch.autograd.grad(
-            losses,
-            [site.taps["g"] for site in probed],
-            weights * (2.0**number).to(weights),
-            allow_unused=True,
-            retain_graph=keep or not last,
-        )
+        taps = [site.taps["g"] for site in probed]
+        again = mode.gradients(losses, taps, weights * (2.0**number).to(weights), keep=keep or not last)
         for site, second in zip(probed, again, strict=True):
             first = cotangents[site]["g"]
             assert first is not None and second is not None

@@ -210,8 +210,11 @@ def forward(
     )
     # Only the math kernel of attention has a derivative of its backward.
     kernels = sdpa_kernel(SDPBackend.MATH) if nested else nullcontext()
+    before = None if torch.compiler.is_compiling() else RandomState.of(mode.device)
     with torch.enable_grad(), kernels, mode:
         out = model_fn(mode.sentinels, pytree.tree_map_only(Tensor, lambda t: _carrying(t, samples), batch))
+    if before is not None and not mode.random and before.has_moved():
+        mode.drew_unseen()
     losses, aux = out if want.has_aux else (out, None)
     check_losses(losses, samples, want.batches)
     doubt = _doubt(losses, mode.sites, samples)
@@ -339,9 +342,7 @@ def _backward(mode: Interpreter, losses: Tensor, want: Want, doubt: str, level: 
     keep = bool(doubt) or want.lenient or mode.nested
     values: list[Tensor | None] = [None] * len(inputs)
     if losses.requires_grad:
-        values = list(
-            torch.autograd.grad(losses, inputs, weights, allow_unused=True, retain_graph=keep, create_graph=mode.nested)
-        )
+        values = list(mode.gradients(losses, inputs, weights, keep=keep))
 
     cotangents: dict[Site, dict[str, Tensor | None]] = {site: {} for site in sites}
     for (site, name), value in zip(taps, values, strict=False):
@@ -353,7 +354,7 @@ def _backward(mode: Interpreter, losses: Tensor, want: Want, doubt: str, level: 
     result = Run(_out(losses, level), None, {}, mode.tracked, {}, {}, leaves)
     partitions: dict[Site, Partition] = {}
     if doubt:
-        partitions = probe(losses, weights, sites, cotangents, doubt, precision=mode.precision, keep=want.lenient)
+        partitions = probe(mode, losses, weights, sites, cotangents, doubt, precision=mode.precision, keep=want.lenient)
     for site in sites:
         of_site = cotangents[site]
         if site.treatment == "fused":
@@ -425,14 +426,7 @@ def _dense_by_backwards(
         site.treatment = "off"
     rows: list[list[Tensor]] = [[] for _ in uncounted]
     for sample in range(len(losses)):
-        found = torch.autograd.grad(
-            losses[sample],
-            [t.sentinel for t in uncounted],
-            weights[sample],
-            allow_unused=True,
-            retain_graph=True,
-            create_graph=mode.nested,
-        )
+        found = mode.gradients(losses[sample], [t.sentinel for t in uncounted], weights[sample], keep=True)
         for row, tracked, grad in zip(rows, uncounted, found, strict=True):
             row.append(torch.zeros_like(tracked.real) if grad is None else _out(grad, level))
     for tracked, row in zip(uncounted, rows, strict=True):

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -51,14 +52,15 @@ class Tap(Function):
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        saved = ctx.saved_tensors
+        saved = ctx.saved_tensors  # where activations are checkpointed, the interpreter sees them computed again
         values: list[Tensor | None] = []
-        for use, site in zip(ctx.uses, ctx.sites, strict=True):
-            values += site.resolve(
-                grad,
-                lambda g, samples, use=use: use.factor(g, samples, *saved),
-                None if use.plain is None else lambda use=use: use.plain(grad, *saved),
-            )
+        with torch._C.DisableTorchFunction():  # and nothing of what follows
+            for use, site in zip(ctx.uses, ctx.sites, strict=True):
+                values += site.resolve(
+                    grad,
+                    lambda g, samples, use=use: use.factor(g, samples, *saved),
+                    None if use.plain is None else lambda use=use: use.plain(grad, *saved),
+                )
         return grad, None, None, None, *values
 
 
