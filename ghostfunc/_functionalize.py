@@ -100,8 +100,8 @@ def _swapped(wrapper: _Call, tensors: dict[str, Tensor]) -> AbstractContextManag
 def _checkpointing(module: nn.Module, swap: Callable[[], AbstractContextManager]) -> Iterator[None]:
     """Activation checkpointing as it was asked for, where the recomputation can run with the same parameters.
 
-    Under the interpreter the backward enters `swap` again, and checkpointing is of the kind that can be recomputed there
-    (`use_reentrant=False`). Elsewhere the recomputation would run with the module's own weights, so that nothing is
+    Under the interpreter the backward enters `swap` again, and checkpointing is of the kind that can be recomputed
+    there (`use_reentrant=False`). Elsewhere the recomputation would run with the module's own weights, so that nothing is
     checkpointed: the same numbers, in more memory.
     """
     interpreter = Interpreter.current()

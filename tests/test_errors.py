@@ -7,7 +7,6 @@ from cases import BY_NAME, Case, Draw, classes, functionalized
 from hard import HARD, lookup
 from oracle import assert_dots, assert_grads, dots, losses_and_grads, mean
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointError
 
 import ghostfunc as gf
 
@@ -40,8 +39,6 @@ def test_exact_or_refused_by_name(case: Case, schedule: str, device: torch.devic
     _, v = losses_and_grads(model_fn, params, val)
     try:
         result = gf.value_and_grad_dot(model_fn, params, train, val, schedule=schedule)
-    except CheckpointError:
-        assert case.name == "checkpointed"  # torch itself refuses to recompute outside of the interpreter
     except gf.UnsupportedUse as refusal:
         assert refusal.parameters
         assert set(refusal.parameters) <= set(params)
@@ -54,7 +51,7 @@ def test_exact_or_refused_by_name(case: Case, schedule: str, device: torch.devic
     assert_no_state_left()
 
 
-@pytest.mark.parametrize("case", [case for case in HARD if case.name != "checkpointed"], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", HARD, ids=lambda case: case.name)
 def test_dense_is_exact(case: Case, device: torch.device) -> None:
     """What has no factors is exact with `on_unsupported="dense"`."""
     model_fn, params, batch = case.make(torch.float64, device)

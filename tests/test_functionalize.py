@@ -127,16 +127,3 @@ def test_classification_loss():
         torch.testing.assert_close(losses, F.cross_entropy(logits, labels, reduction="none"), rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match=r"(?s)\(3,\).*\(4, 3\)"):
         gf.classification_loss(logits, (None, labels[:3]))
-
-
-def test_active_checkpointing_is_refused():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        n_layer=1, n_head=2, n_embd=8, vocab_size=19, n_positions=8, use_cache=False, bos_token_id=0, eos_token_id=0
-    )
-    module = GPT2LMHeadModel(config).train()
-    module.activation_checkpointing_enable()
-    model_fn, params = gf.functionalize(module, gf.causal_lm_loss)
-    with pytest.raises(RuntimeError, match="checkpointing_disable"):
-        model_fn(params, {"input_ids": torch.randint(19, (2, 8))})
