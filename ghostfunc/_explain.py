@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ghostfunc._batch import batch_size, cannot_join, join, plain
 from ghostfunc._contract import best_order
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._interpreter import Site
 from ghostfunc._products import Along, Joint
+from ghostfunc._randomness import DrewRandomNumbers, RandomState
 from ghostfunc._run import Want, forward
 from ghostfunc._transforms import Params, match_layers
 
@@ -126,12 +129,33 @@ def explain(
     m = 0 if val is None else batch_size(val, "val")
     names = match_layers(layers, list(params))
     joint = m > 0 and m <= n and not cannot_join(batch, val)
+    before = RandomState.of(next(iter(params.values())).device)
+    plan = partial(_plan, model_fn, params, batch, val, n, m, names, on_unsupported == "dense")
+    try:
+        return plan(joint)
+    except DrewRandomNumbers:
+        return plan(False)
+    finally:
+        before.restore()
+
+
+def _plan(
+    model_fn: ModelFn,
+    params: dict[str, Tensor],
+    batch: Any,
+    val: Any,
+    n: int,
+    m: int,
+    names: frozenset[str],
+    lenient: bool,
+    joint: bool,
+) -> Plan:
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in params.values()) else torch.float32
-    products = Joint(names, n, m, each=False, fuse=on_unsupported != "dense") if joint else Along(names, n, {}, 1)
+    products = Joint(names, n, m, each=False, fuse=not lenient) if joint else Along(names, n, {}, 1)
     samples = n + m if joint else n
     want = Want(
         train=n, dtype=dtype, grads=m > 0, factors=names, more_taps=products.more_taps, plan=products.plan,
-        lenient=on_unsupported == "dense",
+        lenient=lenient, refuse_random=joint,
     )  # fmt: skip
     mode, _, _, probe = forward(model_fn, params, join(batch, val) if joint else batch, samples, want)
     if not probe:

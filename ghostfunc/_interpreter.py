@@ -12,10 +12,10 @@ mode did not see, and the call raises.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -42,7 +42,8 @@ from ghostfunc._randomness import (
     refusal,
     shared,
 )
-from ghostfunc._sample_axis import Lost, Partition, SampleAxis, Samples, samples_of, set_samples
+from ghostfunc._segments import Segments
+from ghostfunc._sample_axis import Lost, Partition, RowMap, SampleAxis, Samples, samples_of, set_samples
 
 _ISOMETRIES = frozenset(
     "t transpose swapaxes permute movedim view reshape flatten unflatten squeeze unsqueeze contiguous clone alias "
@@ -167,6 +168,7 @@ class Site:
         own_axis: where each sample's own part of the tensor is, for an `Own` factor.
         ids: for "gather": the ids as they were given.
         fused_right: for "fused": activations of all samples, where cross terms with other uses need them.
+        rows: with segments: the segment of each row of the result, given where the samples are.
     """
 
     tracked: Tracked
@@ -185,6 +187,7 @@ class Site:
     own_axis: SampleAxis | None = None
     ids: Tensor | None = None
     fused_right: Tensor | None = None
+    rows: Callable[[SampleAxis], RowMap | Lost] | None = None
 
     @property
     def label(self) -> str:
@@ -199,6 +202,27 @@ class Site:
     def cast(self, grad: Tensor) -> Tensor:
         """A grad-output in the dtype of contractions."""
         return grad if self.dtype.is_complex or grad.is_complex() else grad.to(self.dtype)
+
+    def partition(self) -> Partition:
+        """The samples of the result's rows: the batch's, or its segments.
+
+        Raises:
+            UnsupportedUse: if they are not known.
+        """
+        samples: Samples | RowMap = self.axis
+        if isinstance(samples, SampleAxis) and self.rows is not None:
+            samples = self.rows(samples)
+            if isinstance(samples, Lost):
+                raise UnsupportedUse(
+                    f"{self.label}: segments= needs each row of the result of `{self.op}` at one position of the batch, "
+                    f"and here it is not known ({samples.reason}). Leave the parameter out with layers=.",
+                    self.tracked.names,
+                )
+        if not isinstance(samples, Partition):
+            raise UnsupportedUse(
+                f"{self.label}: the samples of the result of `{self.op}` are not known.", self.tracked.names
+            )
+        return samples
 
     def resolve(
         self, grad: Tensor, make: MakeFactor, plain: Callable[[], Tensor] | None = None
@@ -222,15 +246,11 @@ class Site:
             self.treatment == "grad"
             and plain is not None
             and isinstance(self.axis, SampleAxis)
-            and self.train == self.axis.samples
+            and (self.train == self.axis.samples or self.rows is not None)
         ):
             gradient = plain()
         elif self.treatment != "off":
-            if not isinstance(self.axis, SampleAxis):
-                raise UnsupportedUse(
-                    f"{self.label}: the samples of the result of `{self.op}` are not known.", self.tracked.names
-                )
-            factor = make(self.cast(grad), self.axis)
+            factor = make(self.cast(grad), self.partition())
             if self.treatment == "fused":
                 assert self.contract is not None
                 gradient, values = self.contract(factor)
@@ -284,6 +304,7 @@ class Interpreter(TorchFunctionMode):
         dtype: torch.dtype,
         lenient: bool = False,
         nested: bool = False,
+        segments: Segments | None = None,
     ) -> None:
         super().__init__()
         self.samples = samples
@@ -298,6 +319,7 @@ class Interpreter(TorchFunctionMode):
         self.dropout = dropout
         self.refuse_random = refuse_random
         self.tracked: list[Tracked] = []
+        self.segments = segments
         self.checkpointed = False  # whether the backward will run a part of the forward again
         self.recomputing = False
         self._again: list[Callable[[], AbstractContextManager]] = []
@@ -402,7 +424,8 @@ class Interpreter(TorchFunctionMode):
         taps = {"g": zero_tap(out, out.shape, out.dtype)}
         shape = site.tracked.real.shape
         if site.kind == "dense":
-            taps["grad"] = zero_tap(out, (self.samples, *shape), site.dtype)
+            count = self.samples if self.segments is None else self.segments.count + 1
+            taps["grad"] = zero_tap(out, (count, *shape), site.dtype)
             taps["own"] = zero_tap(out, shape, site.dtype)
         return taps | self.more_taps(site)
 
@@ -457,7 +480,7 @@ class Interpreter(TorchFunctionMode):
             return func(*args, **kwargs)  # on the sentinels: the backward will find them
         if not tracked or not torch.is_grad_enabled():
             out = self._watched(name, func, args, kwargs)
-            follow(func, args, kwargs, out, self.samples, self.notes)
+            self._follow(func, args, kwargs, out)
             self._doubt_foreign(tensors, out)
             return out
         if name in LIKE_ANOTHER and self.find(args[0]) is not None:
@@ -472,12 +495,20 @@ class Interpreter(TorchFunctionMode):
         out = self.apply_rule(self, name, func, args, kwargs)
         followed = all(samples_of(t) is not None for t in tensors_in([out]))  # a rule's own steps were
         if is_in_place(func) or not followed:
-            follow(func, args, kwargs, out, self.samples, self.notes)
+            self._follow(func, args, kwargs, out)
         self._doubt_foreign(tensors, out)
         for site in self.sites[before:]:
             if site.axis is None:
-                site.axis = self._known(samples_of(next(iter(tensors_in([out])))))
+                result = next(iter(tensors_in([out])))
+                site.axis = self._known(samples_of(result))
+                if self.segments is not None:
+                    site.rows = partial(self.segments.rows, result.shape, positions=self.segments.carried_by(result))
         return out
+
+    def _follow(self, func: Callable, args: Any, kwargs: Any, out: Any) -> None:
+        follow(func, args, kwargs, out, self.samples, self.notes)
+        if self.segments is not None:
+            self.segments.follow(func, args, kwargs, out)
 
     def _refuse_backward(self, name: str) -> None:
         """A backward inside `model_fn` runs through values that carry no parameter: its result would lose them."""
@@ -635,6 +666,8 @@ class Interpreter(TorchFunctionMode):
             raise refusal("an operation of the model")
         if self.refuse_random:
             raise DrewRandomNumbers
+        if self.randomness == "same" and self.samples > 1:
+            raise cannot_share("an operation of the model", "it was not seen")
         self.random = True
 
     def _watched(self, name: str, func: Callable, args: Any, kwargs: Any) -> Any:

@@ -27,6 +27,13 @@ _SWITCHES = {  # position of `training`, and its default
     **dict.fromkeys(("alpha_dropout", "feature_alpha_dropout"), (2, False)),
     "rrelu": (3, False),
 }
+_IN_PLACE = {
+    **dict.fromkeys(_MASKS - {"dropout"}, torch.feature_dropout_),
+    "dropout": torch.dropout_,
+    "alpha_dropout": torch.alpha_dropout_,
+    "feature_alpha_dropout": torch.feature_alpha_dropout_,
+    "rrelu": torch.rrelu_,
+}
 _ATTENTION = "scaled_dot_product_attention"
 _RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())
 _SAMPLERS = frozenset(
@@ -102,6 +109,20 @@ def in_eval_mode(name: str, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dic
     return _replaced(args, kwargs, _dropout_of_layers(args), "dropout", 0.0) if name in _RECURRENT else None
 
 
+def in_place_by_name(name: str, func: Callable, args: Any, kwargs: dict[str, Any]) -> tuple[Callable, Any, Any]:
+    """A call with `inplace=True` as one of torch's function that ends in `_`; any other as it is."""
+    if not _is_in_place(name, func, args, kwargs) or is_in_place(func):
+        return func, args, kwargs
+    defaults = {"input": None, "lower": 1 / 8, "upper": 1 / 3} if name == "rrelu" else {"input": None, "p": 0.5}
+    given = (argument(args, kwargs, k, key, default=value) for k, (key, value) in enumerate(defaults.items()))
+    return _IN_PLACE[name], (*given, True), {}
+
+
+def _is_in_place(name: str, func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    flag = argument(args, kwargs, 4 if name == "rrelu" else 3, "inplace", default=False)
+    return is_in_place(func) or (name in _SWITCHES and flag is True)
+
+
 def _dropout_of_layers(args: Sequence[Any]) -> int:
     return 5 + (not isinstance(args[2], (tuple, list)))  # packed sequences come with their sizes
 
@@ -156,8 +177,7 @@ def shared(func: Callable, samples: int, of_parameter: bool) -> Callable:
         if not isinstance(axis, SampleAxis) or axis.owners is not None:
             why = axis.reason if isinstance(axis, Lost) else "its rows are in no order"
             raise cannot_share(name, f"the samples of its argument of shape {tuple(x.shape)} have no place ({why})")
-        last = argument(args, kwargs, 4 if name == "rrelu" else 3, "inplace", default=False)
-        in_place = is_in_place(func) or last is True
+        in_place = _is_in_place(name, func, args, kwargs)
         if name in _MASKS:
             mask = func(torch.ones_like(_part(x, axis, 0)), argument(args, kwargs, 1, "p", default=0.5), True)
             mask = mask if axis.outer == axis.inner == 1 else _joined([mask] * samples, axis)
@@ -197,12 +217,14 @@ def _one_by_one(
         of_sample = _part(leaf, there, sample)
         return of_sample.clone() if in_place else of_sample
 
-    state = RandomState.of(x.device)
-    parts = []
+    before, after, parts = RandomState.of(x.device), None, []
     for sample in range(axis.samples):
-        state.restore()
+        before.restore()
         of_sample = pytree.tree_map(lambda leaf, s=sample: part(leaf, s), (args, kwargs))
         parts.append(func(*of_sample[0], **of_sample[1]))
+        if after is not None and after.has_moved():
+            raise cannot_share(name, "how many numbers it draws depends on a sample's values")
+        after = after or RandomState.of(x.device)
     dim = parts[0].dim() - behind if isinstance(parts[0], Tensor) else -1
     if dim < 0 or parts[0].shape[dim] != axis.outer * axis.inner:
         raise cannot_share(name, "its result does not have the samples where its argument has them")

@@ -109,6 +109,7 @@ def verify(
         VerificationError: naming the parameter and the quantity that differ.
         InteractingSamples: if a sample's loss alone is not its loss in the batch.
         UnsupportedUse: as in `ghost_grad_dot`.
+        RuntimeError: if `model_fn` draws random numbers.
 
     Example:
         >>> import torch, ghostfunc as gf
@@ -124,13 +125,16 @@ def verify(
     allowed = _TOLERANCE[dtype] if tolerance is None else tolerance
 
     result = value_and_grad_dot(
-        model_fn, params, batch, batch, out="param train", layers=layers, on_unsupported=on_unsupported
-    )
+        model_fn, params, batch, batch, out="param train", layers=layers, on_unsupported=on_unsupported,
+        randomness="error",
+    )  # fmt: skip
     dots_alone = ghost_grad_dot(
         model_fn, params, batch, batch, out="param train", layers=layers, schedule="two-phase",
-        on_unsupported=on_unsupported,
+        on_unsupported=on_unsupported, randomness="error",
     )  # fmt: skip
-    _, factors = ghost_factors(model_fn, params, batch, layers=layers, on_unsupported=on_unsupported)
+    _, factors = ghost_factors(
+        model_fn, params, batch, layers=layers, on_unsupported=on_unsupported, randomness="error"
+    )  # fmt: skip
     interaction = _interaction(model_fn, params, batch, result.losses)
     reference, oracle = _reference(model_fn, params, batch, samples)
 
@@ -156,8 +160,7 @@ def verify(
         )
     if interaction > 100 * allowed:
         raise InteractingSamples(
-            f"a sample's loss alone differs from its loss in the batch by {interaction:.1e} (relative): samples "
-            "interact, or model_fn draws random numbers."
+            f"a sample's loss alone differs from its loss in the batch by {interaction:.1e} (relative): they interact."
         )
     return report
 
