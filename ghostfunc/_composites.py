@@ -12,6 +12,7 @@ states exist only once the recurrence has run, so they are collected in a list t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from ghostfunc._errors import UnsupportedUse
 from ghostfunc._factors import Factor, Outer
 from ghostfunc._interpreter import Interpreter
+from ghostfunc._lift import lift
 from ghostfunc._operations import op_name, tensors_in
 from ghostfunc._sample_axis import Lost, Partition, SampleAxis, Samples, samples_of, set_samples
 from ghostfunc._tap import NO_RULE, Rule, Use, tapped
@@ -28,25 +30,29 @@ from ghostfunc._tap import NO_RULE, Rule, Use, tapped
 State = Sequence[Tensor]  # (h,) or (h, c)
 Step = Callable[..., State]  # step(x, y, *state) -> state
 
-_SPREADS = frozenset("expand expand_as broadcast_to contiguous clone".split())
-
 
 # ---------------------------------------------------------------- parameters where data could stand
 
 
-def _as_data(mode: Interpreter, tensor: Tensor, shape: Sequence[int], axis: Samples) -> Tensor:
-    """A tensor without data as one that carries samples, in a shape that it broadcasts to: its use is this addition."""
-    zeros = mode.value(tensor).detach().new_zeros(()).expand(shape)
-    set_samples(zeros, axis)
-    tracked = mode.find(tensor)
-    while tracked is not None and (how := tracked.derivation) is not None and op_name(how.func) in _SPREADS:
-        tracked = how.args[0]  # the broadcast is made anew, from the smallest tensor
-        tensor = tracked.sentinel
-    return mode.call(torch.add, zeros, tensor)
+def _placed(mode: Interpreter, axis: Samples, tap: Callable[..., Tensor], *args: Any) -> Tensor:
+    """What a tap returns, with the samples in a place that no operand shows."""
+    before = len(mode.sites)
+    out = tap(mode, *args)
+    for site in mode.sites[before:]:
+        site.axis = axis
+    set_samples(out, axis)
+    return out
 
 
-def _carrying(mode: Interpreter, tensor: Tensor, axis: Samples) -> Tensor:
-    return tensor if samples_of(tensor) is not None else _as_data(mode, tensor, tensor.shape, axis)
+def _as_data(mode: Interpreter, op: str, tensor: Tensor, shape: Sequence[int], axis: Samples) -> Tensor:
+    """A tensor without data as one that carries samples, in a shape that it broadcasts to."""
+    if mode.find(tensor) is None:
+        return _placed(mode, axis, lambda mode: tensor.expand(shape))
+    return _placed(mode, axis, lift, op, tensor, torch.Size(shape))
+
+
+def _carrying(mode: Interpreter, op: str, tensor: Tensor, axis: Samples) -> Tensor:
+    return tensor if samples_of(tensor) is not None else _as_data(mode, op, tensor, tensor.shape, axis)
 
 
 def _attention(
@@ -59,7 +65,7 @@ def _attention(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Attention with learned queries, keys, values or biases: native, behind the addition that `_as_data` makes."""
+    """Attention with learned queries, keys, values or biases: native, on the lifted parameters."""
     operands = (query, key, value, attn_mask)
     data = next(t for t in operands if t is not None and samples_of(t) is not None)
     axis = samples_of(data)
@@ -74,7 +80,7 @@ def _attention(
             return tensor
         shape = [1] * (-place - tensor.dim()) + list(tensor.shape)
         shape[place] = axis.size
-        return _as_data(mode, tensor, shape, SampleAxis(len(shape) + place, axis.samples, axis.outer, axis.inner))
+        return _as_data(mode, "attention", tensor, shape, replace(axis, dim=len(shape) + place))
 
     return mode.call(func, *map(with_samples, operands), *args, **kwargs)
 
@@ -145,7 +151,7 @@ class _Product:
         """
         axis, shape = samples_of(like), (*like.shape[:-1], len(weight))
         zeros = like.new_zeros(()).expand(shape)
-        start = zeros if bias is None else _as_data(mode, bias, shape, axis)
+        start = zeros if bias is None else _as_data(mode, op, bias, shape, axis)
         inputs: list[Tensor] = [zeros] * len(
             steps.split(like)
         )  # the closures must not hold self, which holds the graph
@@ -156,10 +162,7 @@ class _Product:
         def product(g: Tensor) -> Tensor:
             return g.flatten(0, -2).t() @ steps.join(inputs).flatten(0, -2).to(g.dtype)
 
-        before = len(mode.sites)
-        start = tapped(mode, op, start, (), Use(mode.find(weight), "outer", outer, product))
-        for site in mode.sites[before:]:
-            site.axis = axis
+        start = _placed(mode, axis, tapped, op, start, (), Use(mode.find(weight), "outer", outer, product))
         self.offsets, self.inputs, self.weight = steps.split(start), inputs, mode.value(weight)
         self.keep = (lambda h: h) if mode.nested else Tensor.detach
 
@@ -226,8 +229,8 @@ def _recurrent(step: Step) -> Rule:
             axis = Lost(f"samples meet in `{op}`", mixed=True)
             x = x.view_as(x)
             set_samples(x, axis)
-        x = _carrying(mode, x, axis)
-        given = [_carrying(mode, part, axis).unbind(0) for part in given]
+        x = _carrying(mode, op, x, axis)
+        given = [_carrying(mode, op, part, axis).unbind(0) for part in given]
         ways = 2 if bidirectional else 1
         size = len(params) // (layers * ways)
         last: list[State] = []
@@ -270,7 +273,7 @@ def _cell(step: Step) -> Rule:
         axis = next((s for s in map(samples_of, (x, *state)) if s is not None), None)
         if axis is None or (isinstance(axis, SampleAxis) and axis.dim != 0):
             return NO_RULE
-        x, *state = (_carrying(mode, t, axis) for t in (x, *state))
+        x, *state = (_carrying(mode, op_name(func), t, axis) for t in (x, *state))
         result = step(mode.call(F.linear, x, w_ih, b_ih), mode.call(F.linear, state[0], w_hh, b_hh), *state)
         return result if len(result) > 1 else result[0]
 

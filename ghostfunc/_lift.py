@@ -15,7 +15,7 @@ from ghostfunc._operations import op_name
 from ghostfunc._sample_axis import Partition, SampleAxis
 from ghostfunc._tap import Use, tapped
 
-_REPEATS = frozenset("expand expand_as broadcast_to repeat tile".split())
+_REPEATS = frozenset("expand expand_as broadcast_to repeat tile contiguous clone".split())
 
 
 def unexpanded(tracked: Tracked) -> Tracked:
