@@ -19,7 +19,15 @@ from ghostfunc._letters import as_einsum
 from ghostfunc._nesting import readable
 from ghostfunc._operations import LIKE_ANOTHER, einsum_letters, is_in_place, op_name, tensors_in
 from ghostfunc._routing import ROUTING, assigned, mark_enumeration, moved
-from ghostfunc._sample_axis import Lost, SampleAxis, Samples, samples_of, scattered, set_samples
+from ghostfunc._sample_axis import (
+    Lost,
+    SampleAxis,
+    Samples,
+    following_positions,
+    samples_of,
+    scattered,
+    set_samples,
+)
 
 _ELEMENTWISE = frozenset(
     """
@@ -36,7 +44,7 @@ _ELEMENTWISE = frozenset(
     rtruediv rxor selu sgn short sigmoid sign signbit silu sin sinc sinh softplus softshrink softsign special_entr
     special_erf special_expit special_log1p special_xlogy sqrt square sub subtract tan tanh tanhshrink threshold to
     tril triu true_divide truediv trunc type type_as where xlogy xor alpha_dropout get_data get_real get_imag
-    fix
+    fix complex polar
     """.split()
 )
 _ROW_MAJOR = frozenset(
@@ -218,6 +226,8 @@ def _cross_entropy(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: 
 
 def _attention(args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Samples:
     name = "scaled_dot_product_attention"
+    if following_positions():
+        return samples_of(argument(args, kwargs, 0, "query"))
     found: list[Samples] = []
     for position, key in enumerate(("query", "key", "value")):
         tensor = argument(args, kwargs, position, key)
@@ -235,7 +245,7 @@ def _attention(args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Samp
 
 
 def _concatenation(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Samples:
-    tensors = argument(args, kwargs, 0, "tensors")
+    tensors = [t for t in argument(args, kwargs, 0, "tensors") if t.shape != (0,)]  # torch leaves these out
     dim = argument(args, kwargs, 1, "dim", "axis", default=0) % out.dim()
     axes = [samples_of(t) for t in tensors]
     if name == "stack":

@@ -132,7 +132,9 @@ def _reduced(
 
 def _permuted(mode: Interpreter, tensor: Tensor, letters: Sequence[str], target: Sequence[str]) -> Tensor:
     order = [letters.index(c) for c in target]
-    return tensor if order == sorted(order) else mode.call(torch.permute, tensor, order)
+    if order == sorted(order):
+        return tensor
+    return mode.call(torch.t, tensor) if len(order) == 2 else mode.call(torch.permute, tensor, order)
 
 
 def _flat(

@@ -3,7 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import Params
 from exact import Spelling, assert_exact, assert_has_rule, built
+from torch import Tensor
+
+import ghostfunc as gf
 
 
 def einsum(equation: str, x: tuple[int, ...], w: tuple[int, ...]) -> Spelling:
@@ -116,13 +120,13 @@ SPELLINGS = [
     Spelling("tensordot", lambda p, x: torch.tensordot(x, p["w"], dims=2), (3, 4), {"w": (3, 4, 5)}),
     Spelling(
         "tensordot of dimensions",
-        lambda p, x: torch.tensordot(x, p["w"], dims=([1, 2], [2, 0])),
+        lambda p, x: torch.tensordot(x, p["w"], dims=([1, 2], [2, 0])),  # pyright: ignore
         (3, 4),
         {"w": (4, 5, 3)},
     ),
     Spelling(
         "tensordot of the weight",
-        lambda p, x: torch.tensordot(p["w"], x, ([1], [2])).transpose(0, 1),
+        lambda p, x: torch.tensordot(p["w"], x, ([1], [2])).transpose(0, 1),  # pyright: ignore
         (3, 4),
         {"w": (5, 4)},
     ),
@@ -138,7 +142,7 @@ SPELLINGS = [
     Spelling("bilinear, no bias", lambda p, x: F.bilinear(x, x, p["w"]), (4,), {"w": (5, 4, 4)}),
     Spelling(
         "bilinear of positions and samples",
-        lambda p, x: F.bilinear(*2 * [x.transpose(0, 1)], p["w"]).transpose(0, 1),
+        lambda p, x: F.bilinear(*2 * [x.transpose(0, 1)], p["w"]).transpose(0, 1),  # pyright: ignore
         (3, 4),
         {"w": (3, 4, 4)},
     ),
@@ -155,5 +159,48 @@ SPELLINGS = [
 def test_products(spelling, device, monkeypatch):
     """Every spelling is exact, and has a rule."""
     model_fn, params, batch = built(spelling, device)
+    assert_exact(model_fn, params, batch(4, 1), batch(3, 2))
+    assert_has_rule(monkeypatch, model_fn, params, batch(4, 1))
+
+
+@pytest.mark.parametrize(("positions", "op"), [(1, "linear"), (9, "einsum")])
+def test_blocks_take_what_is_smaller(positions, op, device, monkeypatch):
+    """Per-sample gradients in one product, unless these have more entries than the factors of each block."""
+    spelling = einsum("bthd,hde->bthe", (positions, 2, 4), (2, 4, 5))
+    model_fn, params, batch = built(spelling, device)
+    assert_has_rule(monkeypatch, model_fn, params, batch(3, 1))
+    assert {use.op for use in gf.explain(model_fn, params, batch(3, 1)).uses["w"]} == {op}
+    assert_exact(model_fn, params, batch(3, 1), batch(2, 2))
+
+
+@pytest.mark.parametrize("equation", ["btd,ed->bte", "btd,de->bte"])
+def test_a_matrix_stays_a_parameter(equation, device):
+    """An einsum with a matrix is a linear map of the parameter itself, contracted inside the backward."""
+    w = (5, 4) if equation.startswith("btd,ed") else (4, 5)
+    model_fn, params, batch = built(einsum(equation, (3, 4), w), device)
+    (use,) = gf.explain(model_fn, params, batch(3, 1), batch(2, 2)).uses["w"]
+    assert (use.factor, use.derived, use.bytes) == ("Outer", False, 0)
+
+
+@pytest.mark.parametrize("equation", ["bthd,hde->bthe", "btd,kde->btke"])
+def test_products_of_lost_rows(equation, device):
+    """A product whose samples the interpreter loses sight of is exact by a probe."""
+    x, w = ((3, 2, 4), (2, 4, 5)) if "h" in equation else ((3, 4), (2, 4, 5))
+
+    def body(p: Params, x: Tensor) -> Tensor:
+        return torch.einsum(equation, x.contiguous().as_strided(x.shape, x.stride()), p["w"])
+
+    model_fn, params, batch = built(Spelling(equation, body, x, {"w": w}), device)
+    assert "as_strided" in gf.explain(model_fn, params, batch(4, 1)).probe
+    assert_exact(model_fn, params, batch(4, 1), batch(3, 2))
+
+
+def test_a_block_for_each_sample(device, monkeypatch):
+    """A weight that is made for each sample, and mixed with a parameter: no sample sees another's block."""
+
+    def body(p: Params, x: Tensor) -> Tensor:
+        return torch.bmm(x, (p["a"] * p["b"]).expand(len(x), 4, 5).sin())
+
+    model_fn, params, batch = built(Spelling("blocks", body, (3, 4), {"a": (4, 5), "b": (5,)}), device)
     assert_exact(model_fn, params, batch(4, 1), batch(3, 2))
     assert_has_rule(monkeypatch, model_fn, params, batch(4, 1))
