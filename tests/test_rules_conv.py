@@ -138,18 +138,21 @@ def test_float32(name, device):
 
 
 @pytest.mark.parametrize("name", ["stride and dilation", "transposed", "depthwise"])
-@pytest.mark.parametrize("dim", ["stacked", "frames first"])
-def test_images_that_are_not_samples(name, dim):
-    """Samples convolved one at a time, without a batch dimension, and images of a sample apart in the batch."""
+@pytest.mark.parametrize("how", ["stacked", "frames first", "shuffled"])
+def test_images_that_are_not_samples(name, how):
+    """Samples convolved one at a time, without a batch dimension; images of a sample apart, or shuffled."""
     geometry = GEOMETRIES[name]
 
     def model_fn(p: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
         x = batch["x"] * p["before"]
-        if dim == "stacked":
+        if how == "stacked":
             out = torch.stack([geometry.func(row.tanh(), p["w"], p["b"], **geometry.settings) for row in x])
-        else:  # [B, C, H, W] as two frames [2 * B, C, H, W]
+        else:  # two frames of each sample, [2 * B, C, *L]
             frames = torch.cat([x.tanh(), x.flip(2).sin()])
+            order = torch.randperm(len(frames), generator=torch.Generator().manual_seed(len(frames)))
+            frames = frames[order] if how == "shuffled" else frames
             out = geometry.func(frames, p["w"], p["b"], **geometry.settings)
+            out = out[order.argsort()] if how == "shuffled" else out
             out = out.view(2, len(x), *out.shape[1:]).transpose(0, 1)
         return squared(out.tanh(), batch["y"].view(-1, *[1] * (out.dim() - 1)))
 
@@ -225,6 +228,30 @@ def test_a_direction_is_seen_as_a_matrix():
         direction = Draw(torch.float64, CPU, 3).params(**{k: tuple(p.shape) for k, p in params.items()})
         want = dots(per_sample_grads(model_fn, params, batch(3, 1)), direction)
         assert_dots(gf.ghost_grad_along(model_fn, params, batch(3, 1), direction), want, 1e-10, name)
+
+
+@pytest.mark.parametrize("name", ["stride and dilation", "transposed", "depthwise"])
+def test_products_are_functions_that_have_derivatives(name):
+    """The gradient of the products with respect to the images, and `vmap` over an ensemble of kernels."""
+    model_fn, params, batch = built(GEOMETRIES[name], torch.float64, CPU)
+    train, val = batch(3, 1), batch(2, 2)
+
+    def by_loop(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        def gradient(row: Tensor, y: Tensor) -> dict[str, Tensor]:
+            return torch.func.grad(lambda q: model_fn(q, {"x": row[None], "y": y[None]})[0])(p)
+
+        direction = torch.func.grad(lambda q: model_fn(q, val).mean())(p)
+        grads = [gradient(row, y) for row, y in zip(x, train["y"], strict=True)]
+        return torch.stack([sum((g[k] * direction[k]).sum() for k in g) for g in grads])
+
+    def by_us(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        return gf.ghost_grad_dot(model_fn, p, {"x": x, "y": train["y"]}, val)
+
+    ours, wanted = (torch.func.grad(lambda x, f=f: f(params, x).square().sum())(train["x"]) for f in (by_us, by_loop))
+    assert_grads({"x": ours}, {"x": wanted}, 1e-10, name)
+    ensemble = {k: torch.stack([p, 1.2 * p, -p]) for k, p in params.items()}
+    ours, wanted = (torch.func.vmap(f, (0, None))(ensemble, train["x"]) for f in (by_us, by_loop))
+    assert_grads({"dots": ours}, {"dots": wanted}, 1e-10, name)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
