@@ -40,8 +40,8 @@ def _affine(mode: Interpreter, op: str, x: Tensor, weight: Tensor, bias: Tensor 
         return NO_RULE
     if weight.dim() != 2 or weight.is_complex() or x.is_complex():
         return NO_RULE
-    if torch.is_autocast_enabled(x.device.type):  # the factor's activation is the one that the product saw
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))  # the factor's activation is the one that the product saw
     matrix = mode.value(weight)
     out = F.linear(x, matrix.t() if transposed else matrix, None if bias is None else mode.value(bias))
     tracked = mode.find(weight)

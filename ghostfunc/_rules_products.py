@@ -160,7 +160,8 @@ def _as_autocast(mode: Interpreter, *tensors: Tensor) -> list[Tensor]:
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return list(tensors)
-    return [mode.call(torch.Tensor.to, t, torch.get_autocast_dtype(device)) for t in tensors]
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t.dtype == torch.float64 else mode.call(torch.Tensor.to, t, dtype) for t in tensors]
 
 
 # ---------------------------------------------------------------- a linear map a block
