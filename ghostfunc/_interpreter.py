@@ -49,7 +49,12 @@ _ISOMETRIES = frozenset(
     "t transpose swapaxes permute movedim view reshape flatten unflatten squeeze unsqueeze contiguous clone alias "
     "get_T get_mT view_as reshape_as".split()
 )
-_WRITES = frozenset("add iadd sub isub mul imul div itruediv".split())  # in-place operations that have a rule
+_WRITES = frozenset(  # in-place operations that have a rule
+    """
+    add iadd sub isub mul imul div itruediv pow lerp addcmul addcdiv copy masked_fill clamp clamp_min clamp_max clip
+    atan2 hypot xlogy remainder fmod copysign
+    """.split()
+)
 
 MakeFactor = Callable[[Tensor, Partition], Factor]
 
@@ -526,7 +531,9 @@ class Interpreter(TorchFunctionMode):
         name = op_name(func)
         if functorch_level() != self.level:
             return f"by `{name}` inside a functorch transform of the model's own"
-        writes = name == "setitem" or kwargs.get("out") is not None or (is_in_place(func) and name not in _WRITES)
+        to_data = name == "setitem" and self.find(args[0]) is None and samples_of(args[0]) is not None
+        in_place = (is_in_place(func) and name not in _WRITES) or (name == "setitem" and not to_data)
+        writes = in_place or kwargs.get("out") is not None
         if not writes or not torch.is_grad_enabled():
             return ""
         target = self.find(args[0]) if args and kwargs.get("out") is None else None

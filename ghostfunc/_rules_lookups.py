@@ -58,7 +58,7 @@ def _gather(mode: Interpreter, func: Callable, input: Tensor, dim: int, index: T
     axis = samples_of(index)
     dim %= input.dim()
     fits = isinstance(axis, SampleAxis) and axis.dim != dim and input.shape[axis.dim] == axis.size
-    if mode.find(input) is None or not fits:
+    if mode.find(input) is None or mode.segments is not None or not fits:
         return NO_RULE
     return torch.gather(lift(mode, "gather", input, input.shape), dim, index, **kwargs)
 
@@ -66,7 +66,9 @@ def _gather(mode: Interpreter, func: Callable, input: Tensor, dim: int, index: T
 def _take_along_dim(mode: Interpreter, func: Callable, input: Tensor, indices: Tensor, dim: int | None = None) -> Any:
     axis = samples_of(indices)
     rank = input.dim()
-    if dim is None or indices.dim() != rank or not isinstance(axis, SampleAxis) or axis.dim == dim % rank:
+    if mode.segments is not None or dim is None or indices.dim() != rank:
+        return NO_RULE
+    if not isinstance(axis, SampleAxis) or axis.dim == dim % rank:
         return NO_RULE
     shape = list(torch.broadcast_shapes(*(t.movedim(dim, -1).shape[:-1] for t in (input, indices))))
     shape.insert(dim % rank, input.shape[dim])

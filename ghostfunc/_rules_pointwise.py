@@ -43,12 +43,32 @@ def pointwise(mode: Interpreter, func: Callable, *args: Any, **kwargs: Any) -> A
 
 
 def _masked_fill(mode: Interpreter, func: Callable, input: Tensor, mask: Tensor, value: Any) -> Any:
+    filled = mode.call(torch.where, mask, value, input)
     if is_in_place(func):
+        return NO_RULE if mode.find(input) is not None else input.copy_(filled)
+    return filled
+
+
+def laid_on(part: Tensor, value: Tensor) -> Tensor:
+    """A value in the shape and dtype of the part of a tensor that it is written to."""
+    return value.to(part.dtype).expand(part.shape)
+
+
+def _laid_on(mode: Interpreter, func: Callable, part: Tensor, value: Tensor) -> Tensor:
+    return lift(mode, "setitem", value, part.shape, part.dtype)
+
+
+def _setitem(mode: Interpreter, func: Callable, target: Tensor, index: Any, value: Tensor) -> Any:
+    """A write of a parameter to a part of the data, `target[index] = value`."""
+    part = mode.call(torch.Tensor.__getitem__, mode.call(torch.Tensor.detach, target), index)
+    if value.dim() > part.dim():  # dimensions of size 1 in front are allowed
+        value = mode.call(torch.reshape, value, value.shape[value.dim() - part.dim() :])
+    return func(target, index, mode.call(laid_on, part, value))
+
+
+def _cat(mode: Interpreter, func: Callable, tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
+    if mode.segments is not None:  # the positions of the lifted tensor are not those of the result
         return NO_RULE
-    return mode.call(torch.where, mask, value, input)
-
-
-def _cat(mode: Interpreter, func: Callable, tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Tensor:
     dim = kwargs.get("axis", dim)
     before = len(mode.sites)
     out = torch.cat([lift(mode, "cat", t, t.shape) for t in tensors], dim)
@@ -63,8 +83,10 @@ def _stack(mode: Interpreter, func: Callable, tensors: Sequence[Tensor], dim: in
     return mode.call(torch.cat, [mode.call(torch.unsqueeze, t, dim) for t in tensors], dim)
 
 
-def _cdist(mode: Interpreter, func: Callable, x1: Tensor, x2: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _cdist(mode: Interpreter, func: Callable, x1: Tensor, x2: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Distances between the rows `[..., P, d]` and `[..., R, d]`: the parameter is lifted to batches of the data's."""
+    if mode.segments is not None:  # positions are samples, and meet in a lift to batches
+        return NO_RULE
     for rows, others in ((x1, x2), (x2, x1)):
         axis = samples_of(rows)
         if isinstance(axis, SampleAxis) and axis.samples > 1 and axis.dim == rows.dim() - 2:  # each row is a batch
@@ -89,13 +111,15 @@ POINTWISE: dict[str, Rule] = {
     **dict.fromkeys(
         """
         add radd iadd sub rsub isub subtract mul rmul imul multiply div rdiv divide true_divide truediv rtruediv
-        itruediv pow rpow float_power where lerp addcmul addcdiv maximum minimum fmax fmin max min clamp clamp_min
+        itruediv pow rpow float_power where lerp addcmul addcdiv copy maximum minimum fmax fmin max min clamp clamp_min
         clamp_max clip atan2 arctan2 hypot logaddexp logaddexp2 xlogy special_xlogy remainder fmod mod rmod copysign
         ldexp
         """.split(),
         pointwise,
     ),
     "masked_fill": _masked_fill,
+    "setitem": _setitem,
+    "laid_on": _laid_on,
     **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
     "stack": _stack,
     "cdist": _cdist,

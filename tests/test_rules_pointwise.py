@@ -35,7 +35,31 @@ def in_place(p: Params, x: Tensor) -> Tensor:
     return h
 
 
+def written(p: Params, x: Tensor) -> Tensor:
+    """A parameter written to parts of the data: one position, some columns, wherever a mask says, everywhere."""
+    h = x * 2
+    h[:, 0] = p["w"]
+    h[:, 1:, :2] = p["v"]
+    h[:, 2] *= p["w"]
+    h[x > 1] = p["number"]
+    g = x * 3
+    g[(x[..., 0] > 0).nonzero(as_tuple=True)] = p["w"]
+    k = x.clone()
+    k.copy_(p["w"])
+    k[:, 1].copy_(x[:, 0])
+    return h + g * k
+
+
+def more_in_place(p: Params, x: Tensor) -> Tensor:
+    """In-place operations beside arithmetic."""
+    h = x * 2
+    h.lerp_(p["w"], 0.5).addcmul_(x, p["v"], value=2).clamp_(max=p["w"] + 1).masked_fill_(x > 1, p["number"])
+    return h.pow_(2).remainder_(2 + p["w"] ** 2)
+
+
 SPELLINGS = [
+    entries("written", written, w=(4,), v=(1, 2, 2), number=()),
+    entries("more in place", more_in_place, w=(4,), v=(3, 4), number=()),
     entries("add with alpha", lambda p, x: torch.add(x, p["w"], alpha=2)),
     entries("sub from with alpha", lambda p, x: torch.sub(p["w"], x, alpha=3)),
     entries("quotients", lambda p, x: p["w"] / (2 + x.tanh()) + x / (2 + p["w"] ** 2)),
