@@ -259,11 +259,13 @@ class Site:
             if self.treatment == "fused":
                 assert self.contract is not None
                 gradient, values = self.contract(factor)
-            else:
-                if self.wants_grad:
-                    gradient = total(factor.part(0, self.train), self.tracked.real.shape)
-                if self.treatment == "factor":
-                    values = self._cotangents(factor, grad, make)
+            elif self.treatment == "factor":
+                values = self._cotangents(factor, grad, make)
+            if self.wants_grad:
+                coarse = torch.finfo(self.dtype).eps > torch.finfo(grad.dtype).eps  # a dtype for the dots alone
+                if coarse or gradient is None:
+                    exact = make(grad, self.partition()) if coarse else factor
+                    gradient = total(exact.part(0, self.train), self.tracked.real.shape)
         return gradient, *(values.get(name) for name in self.taps)
 
     def _cotangents(self, factor: Factor, grad: Tensor, make: MakeFactor) -> dict[str, Tensor]:
