@@ -24,6 +24,7 @@ from ghostfunc._factors import Factor, Outer
 from ghostfunc._interpreter import Interpreter
 from ghostfunc._lift import lift
 from ghostfunc._operations import op_name, tensors_in
+from ghostfunc._packed import is_packed, rows_axis, states_axis
 from ghostfunc._sample_axis import Lost, Partition, SampleAxis, Samples, samples_of, set_samples
 from ghostfunc._tap import NO_RULE, Rule, Use, tapped
 
@@ -67,7 +68,7 @@ def _attention(
 ) -> Any:
     """Attention with learned queries, keys, values or biases: native, on the lifted parameters."""
     operands = (query, key, value, attn_mask)
-    data = next(t for t in operands if t is not None and samples_of(t) is not None)
+    data = next((t for t in operands if t is not None and samples_of(t) is not None), query)
     axis = samples_of(data)
     if not isinstance(axis, SampleAxis):
         return NO_RULE
@@ -152,9 +153,8 @@ class _Product:
         axis, shape = samples_of(like), (*like.shape[:-1], len(weight))
         zeros = like.new_zeros(()).expand(shape)
         start = zeros if bias is None else _as_data(mode, op, bias, shape, axis)
-        inputs: list[Tensor] = [zeros] * len(
-            steps.split(like)
-        )  # the closures must not hold self, which holds the graph
+        # filled by the calls; the closures must not hold self, which holds the graph that holds them
+        inputs: list[Tensor] = [zeros] * len(steps.split(like))
 
         def outer(g: Tensor, samples: Partition) -> Factor:
             return Outer(samples.rows(steps.join(inputs).to(g.dtype)), samples.rows(g))
@@ -208,29 +208,36 @@ def _one_direction(
     return out, tuple(torch.cat(parts) for parts in zip(state, *ended, strict=True))
 
 
+def _axes(op: str, x: Tensor, states: Sequence[Tensor], sizes: list[int] | None) -> tuple[Samples, Samples]:
+    """Where the samples are in the time steps and in the states, where one of them may be no data."""
+    of_x = samples_of(x)
+    of_states = next((s for s in map(samples_of, states) if s is not None), None)
+    axis = of_x or of_states or Lost("a tensor that came from outside of torch's own functions", mixed=False)
+    if sizes is None:
+        return axis, axis
+    if of_x is None:
+        return rows_axis(axis, sizes), axis
+    return axis, states_axis(op, axis, sizes, 1)
+
+
 def _recurrent(step: Step) -> Rule:
     """A recurrent layer, torch's `lstm`, `gru`, `rnn_tanh` or `rnn_relu`: `(output, last state of each layer, ...)`."""
 
-    def rule(mode: Interpreter, func: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def rule(mode: Interpreter, func: Callable, *args: Any, **kwargs: Any) -> Any:
         if kwargs:
             return NO_RULE
         op = op_name(func)
-        packed = (
-            isinstance(args[0], Tensor) and not args[0].is_floating_point()
-        )  # (x, sizes, hx, ...), not (x, hx, ...)
-        steps = _Steps(args[0].tolist() if packed else None)
-        hx, params, has_biases, layers, dropout, training, bidirectional, *rest = args[packed:]
+        packed = is_packed(args)
+        sizes = args[1].tolist() if packed else None
+        steps = _Steps(sizes)
+        x, (hx, params, has_biases, layers, dropout, training, bidirectional, *rest) = args[0], args[1 + packed :]
         batch_first = bool(rest and rest[0])
         given = (hx,) if isinstance(hx, Tensor) else tuple(hx)
         if batch_first:
             x = mode.call(torch.transpose, x, 0, 1)
-        axis = next(s for s in map(samples_of, (x, *given)) if s is not None)
-        if isinstance(axis, SampleAxis) and axis.dim != 1 - packed and axis.samples > 1:  # batch_first was forgotten
-            axis = Lost(f"samples meet in `{op}`", mixed=True)
-            x = x.view_as(x)
-            set_samples(x, axis)
-        x = _carrying(mode, op, x, axis)
-        given = [_carrying(mode, op, part, axis).unbind(0) for part in given]
+        of_steps, of_states = _axes(op, x, given, sizes)
+        x = _carrying(mode, op, x, of_steps)
+        given = [_carrying(mode, op, part, of_states).unbind(0) for part in given]
         ways = 2 if bidirectional else 1
         size = len(params) // (layers * ways)
         last: list[State] = []
@@ -270,9 +277,7 @@ def _cell(step: Step) -> Rule:
         b_hh: Tensor | None = None,
     ) -> Any:
         state = (hx,) if isinstance(hx, Tensor) else tuple(hx)
-        axis = next((s for s in map(samples_of, (x, *state)) if s is not None), None)
-        if axis is None or (isinstance(axis, SampleAxis) and axis.dim != 0):
-            return NO_RULE
+        axis, _ = _axes(op_name(func), x, state, None)
         x, *state = (_carrying(mode, op_name(func), t, axis) for t in (x, *state))
         result = step(mode.call(F.linear, x, w_ih, b_ih), mode.call(F.linear, state[0], w_hh, b_hh), *state)
         return result if len(result) > 1 else result[0]

@@ -18,6 +18,7 @@ from ghostfunc._axis_algebra import Op, agree, aligned, argument, ints, mixed, r
 from ghostfunc._letters import as_einsum
 from ghostfunc._nesting import readable
 from ghostfunc._operations import LIKE_ANOTHER, einsum_letters, is_in_place, op_name, tensors_in
+from ghostfunc._packed import PACKING, is_packed, packed_recurrent
 from ghostfunc._routing import ROUTING, assigned, mark_enumeration, moved
 from ghostfunc._sample_axis import (
     Lost,
@@ -429,8 +430,8 @@ def _cosine_similarity(op: Op) -> Samples:
 def _recurrent(op: Op) -> Samples:
     """lstm, gru, rnn: `[T, B, d]`, or `[B, T, d]` for the input and the first result, and states `[layers, B, d]`."""
     x, batch_first = op.args[0], op.args[-1]
-    if not isinstance(op.args[2], (tuple, list)):  # packed sequences
-        return unknown(op.name)
+    if is_packed(op.args):
+        return packed_recurrent(op)
     found = []
     for tensor in tensors_in(op.args[:2]):
         axis = samples_of(tensor)
@@ -445,7 +446,7 @@ def _cell(op: Op) -> Samples:
     """lstm_cell, gru_cell and rnn_cell: everything is `[B, d]`."""
     found = [samples_of(t) for t in op.tensors]
     away = any(isinstance(axis, SampleAxis) and axis.dim != 0 for axis in found)
-    return unknown(op.name) if away else agree(op.name, found)
+    return mixed(op.name) if away else agree(op.name, found)
 
 
 def _rows(names: str, rule: Callable[[Op], Samples]) -> dict[str, Callable[[Op], Samples]]:
@@ -495,6 +496,7 @@ _RULES: dict[str, Callable[[Op], Samples]] = {
     "where": lambda op: ROUTING["nonzero"](op) if len(op.args) == 1 else _elementwise(op.name, op.tensors, op.out),
     **_rows("repeat repeat_interleave tile", lambda op: _repeated(op.name, op.args, op.kwargs, op.out)),
     **_rows("view_as_real view_as_complex", lambda op: op.axis),
+    **PACKING,
     **_rows("lstm gru rnn_tanh rnn_relu", _recurrent),
     **_rows("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell", _cell),
 }

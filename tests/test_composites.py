@@ -431,16 +431,50 @@ def test_cells(kind, bias):
 @pytest.mark.parametrize("deep", [False, True], ids=["one layer", "two layers, two directions"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_sequences(kind, deep):
-    """Sequences of their own lengths, sorted and put back by torch."""
+    """Sequences of their own lengths, sorted and put back by torch, from zeros and from states that the data gives."""
 
     def call(rnn: nn.RNNBase, x: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        count = rnn.num_layers * (1 + rnn.bidirectional)
+        given = _state(rnn, lambda k: x[:, :count, k : k + HIDDEN].transpose(0, 1).contiguous())
         packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-        out, states = rnn(packed)
-        return pad_packed_sequence(out, batch_first=True, total_length=T)[0], *_last(states)
+        zero, zero_states = rnn(packed)
+        out, states = rnn(packed, given)
+        padded = (pad_packed_sequence(part, batch_first=True, total_length=T)[0] for part in (zero, out))
+        return *padded, *_last(zero_states), *_last(states)
 
     torch.manual_seed(0)
     rnn = KINDS[kind](D, HIDDEN, num_layers=1 + deep, bidirectional=deep)
-    check(case(rnn, call, sequences(lengths=True)), probe="pack_padded_sequence")
+    check(case(rnn, call, sequences(lengths=True)))
+
+
+class Double(torch.autograd.Function):
+    """A user's own Function on the data, which leaves torch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Two times x."""
+        return torch.tensor(x.tolist(), dtype=x.dtype) * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        """Two times g."""
+        return 2 * g
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_recurrent_behind_an_unknown_operation(packed):
+    """Where the samples are not followed, the probe finds them in one factor for all time steps."""
+
+    def call(m: nn.ModuleList, x: Tensor, lengths: Tensor) -> Tensor:
+        x = Double.apply(m[0](x))
+        if not packed:
+            return m[1](x)[0]
+        rows = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return pad_packed_sequence(m[1](rows)[0], batch_first=True, total_length=T)[0]
+
+    torch.manual_seed(0)
+    module = nn.ModuleList([nn.Linear(D, D), nn.LSTM(D, HIDDEN, batch_first=True, bidirectional=True)])
+    check(case(module, call, sequences(lengths=True)), probe="index_select" if packed else "outside")
 
 
 @pytest.mark.parametrize("train_only", ["none", "weight_hh_l0", "bias_hh_l1_reverse"])
