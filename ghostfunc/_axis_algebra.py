@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ghostfunc._sample_axis import Lost, SampleAxis, Samples, samples_of, scattered
+from ghostfunc._sample_axis import Lost, SampleAxis, Samples, following_positions, samples_of, scattered
 
 
 def mixed(name: str) -> Lost:
@@ -24,8 +24,11 @@ def unknown(name: str) -> Lost:
 
 
 def agree(name: str, found: Iterable[Samples]) -> Samples:
-    """One sample axis for a result out of those that its operands give it."""
+    """One sample axis for a result out of those that its operands give it; of positions, the first."""
     result: Samples = None
+    if following_positions():
+        carried = [samples for samples in found if samples is not None]
+        return next((s for s in carried if isinstance(s, SampleAxis)), carried[0] if carried else None)
     for samples in found:
         if isinstance(samples, Lost):
             return samples

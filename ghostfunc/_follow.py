@@ -45,7 +45,7 @@ _ELEMENTWISE = frozenset(
     rtruediv rxor selu sgn short sigmoid sign signbit silu sin sinc sinh softplus softshrink softsign special_entr
     special_erf special_expit special_log1p special_xlogy sqrt square sub subtract tan tanh tanhshrink threshold to
     tril triu true_divide truediv trunc type type_as where xlogy xor alpha_dropout get_data get_real get_imag
-    fix complex polar
+    fix complex polar laid_on
     """.split()
 )
 _ROW_MAJOR = frozenset(

@@ -32,7 +32,7 @@ class _Call(nn.Module):
 
 def _default_call(module: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
-        return module(**{key: value for key, value in batch.items() if key != "labels"})
+        return module(**{key: value for key, value in batch.items() if key not in ("labels", "segments")})
     if isinstance(batch, (tuple, list)):
         return module(*batch[:-1])
     return module(batch)
@@ -47,8 +47,8 @@ def functionalize(
         module: any `torch.nn.Module`. Its trainable parameters (`requires_grad`) become arguments; frozen ones and
             buffers stay in it. Buffers are cloned for each call, so that a call never changes them.
         loss: `loss(output, batch) -> losses[B]`, one loss per sample, not reduced over the batch.
-        call: `call(module, batch) -> output`; by default a dict batch is passed as keywords without `labels`, a tuple
-            as all but its last element, a tensor as it is.
+        call: `call(module, batch) -> output`; by default a dict batch is passed as keywords without `labels` and
+            `segments`, a tuple as all but its last element, a tensor as it is.
 
     Returns:
         `(model_fn, params)`: `model_fn(params, batch) -> losses[B]`, and the trainable parameters by name, detached

@@ -30,7 +30,8 @@ def causal_lm_loss(output: Any, batch: Any) -> Tensor:
         batch: a dict with `labels [B, T]` (or, without them, `input_ids [B, T]`), a tuple whose last element are the
             labels, or the ids themselves. Labels stand beside their inputs and are shifted here, once. Targets of
             -100 are ignored; where labels are absent, so are targets whose `attention_mask`, or whose predecessor's,
-            is 0.
+            is 0. With `segments [B, T]` in the dict (several documents in a row), no document predicts the next, and
+            the loss of a row is the sum of its documents' mean losses.
 
     Returns:
         `[B]`, float32 for lower-precision logits. A sample without unmasked targets has loss 0 and gradient 0.
@@ -52,12 +53,19 @@ def causal_lm_loss(output: Any, batch: Any) -> Tensor:
         )
     # Shifting the labels instead of the logits spares a copy of [B, T, V].
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # [B, T]
+    segments = batch.get("segments") if isinstance(batch, Mapping) else None
+    if segments is not None:
+        targets = targets.masked_fill(F.pad(segments[:, 1:], (0, 1), value=-1) != segments, IGNORED)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     token_losses = F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
     )  # [B * T]
-    counts = (targets != IGNORED).sum(1).clamp(min=1)  # [B]
-    return token_losses.view(targets.shape).sum(1) / counts
+    token_losses = token_losses.view(targets.shape)  # [B, T]
+    read = targets != IGNORED
+    if segments is not None:
+        own = segments[:, :, None] == segments[:, None, :]  # [B, T, T]
+        return (token_losses * read / (own & read[:, None, :]).sum(2).clamp(min=1)).sum(1)
+    return token_losses.sum(1) / read.sum(1).clamp(min=1)
 
 
 def _labels(batch: Any) -> Tensor:

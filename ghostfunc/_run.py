@@ -27,6 +27,7 @@ from ghostfunc._nesting import functorch_level, own_level, readable, unrecorded,
 from ghostfunc._probe import probe
 from ghostfunc._randomness import RandomState
 from ghostfunc._rules import apply_rule
+from ghostfunc._segments import Segments
 from ghostfunc._sample_axis import Lost, Partition, SampleAxis, samples_of, set_samples
 
 # How far a sample's loss alone may be from its loss in the batch, by the precision that the model computed in.
@@ -44,6 +45,7 @@ class Want:
         factors: names of the parameters whose factors are wanted.
         randomness: "different", "same" or "error": whether samples draw the same random numbers, or none may be drawn.
         dropout: whether dropout draws; otherwise it is the identity.
+        segments: sets of positions that are the samples of factors, in place of the batch's; `train` counts these.
         refuse_random: raise `DrewRandomNumbers` where the forward draws random numbers.
         has_aux: whether `model_fn` returns `(losses, aux)`.
         lenient: whether a use without a rule is paid for with a backward pass for each sample.
@@ -59,6 +61,7 @@ class Want:
     factors: frozenset[str] = frozenset()
     randomness: str = "different"
     dropout: bool = True
+    segments: Segments | None = None
     refuse_random: bool = False
     has_aux: bool = False
     lenient: bool = False
@@ -166,6 +169,12 @@ def _run(
     model_fn: ModelFn, params: Mapping[str, Tensor], batch: Any, samples: int, want: Want, level: int | None
 ) -> Run:
     mode, losses, aux, doubt = forward(model_fn, params, batch, samples, want)
+    if want.segments is not None and doubt:
+        raise UnsupportedUse(
+            f"{doubt}; with segments= no probe of the backward can tell the rows apart. Use operations that are "
+            "followed, or one document in a row.",
+            tuple(params),
+        )
     if level is not None and doubt:
         raise UnsupportedUse(
             f"{doubt}, and inside a functorch transform (vmap, grad or jvp of the call) no probe of the backward can "
@@ -207,12 +216,20 @@ def forward(
         dtype=want.dtype,
         lenient=want.lenient,
         nested=nested,
+        segments=want.segments,
     )
+
+    def carrying(tensor: Tensor) -> Tensor:
+        alias = _carrying(tensor, samples)
+        if want.segments is not None:
+            want.segments.seed(alias)
+        return alias
+
     # Only the math kernel of attention has a derivative of its backward.
     kernels = sdpa_kernel(SDPBackend.MATH) if nested else nullcontext()
     before = None if torch.compiler.is_compiling() else RandomState.of(mode.device)
     with torch.enable_grad(), kernels, mode:
-        out = model_fn(mode.sentinels, pytree.tree_map_only(Tensor, lambda t: _carrying(t, samples), batch))
+        out = model_fn(mode.sentinels, pytree.tree_map_only(Tensor, carrying, batch))
     if before is not None and not mode.random and before.has_moved():
         mode.drew_unseen()
     losses, aux = out if want.has_aux else (out, None)
@@ -348,7 +365,7 @@ def _backward(mode: Interpreter, losses: Tensor, want: Want, doubt: str, level: 
     for (site, name), value in zip(taps, values, strict=False):
         cotangents[site][name] = value
     uncounted = [t for t, value in zip(watched, values[len(values) - len(watched) :], strict=True) if value is not None]
-    if uncounted and not want.lenient and not mode.nested:
+    if uncounted and (want.segments is not None or not (want.lenient or mode.nested)):
         _refuse(uncounted)
 
     result = Run(_out(losses, level), None, {}, mode.tracked, {}, {}, leaves)
@@ -362,8 +379,9 @@ def _backward(mode: Interpreter, losses: Tensor, want: Want, doubt: str, level: 
             if fused:
                 result.fused[site] = fused
         elif site.treatment in ("factor", "raw"):
-            samples = partitions.get(site, site.axis)
-            factor = None if not isinstance(samples, Partition) else site.factor(of_site, samples)
+            used = any(value is not None for value in of_site.values())
+            samples = partitions.get(site) if doubt or not used else site.partition()
+            factor = None if samples is None else site.factor(of_site, samples)
             if factor is not None:
                 result.factors[site] = _factor_out(factor, level)
 

@@ -10,6 +10,9 @@ picked, sorted or scattered (tokens that go to experts), the axis lists the owne
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +22,29 @@ from torch import Tensor
 
 from ghostfunc._nesting import readable
 
-_ATTRIBUTE = "_ghost_samples"
+
+class _Followed(threading.local):
+    """Which of a tensor's axes are read and written: its samples', or its positions'."""
+
+    attribute = "_ghost_samples"
+
+
+_followed = _Followed()
+
+
+@contextmanager
+def positions_instead() -> Iterator[None]:
+    """`samples_of` and `set_samples` mean the positions within a sample."""
+    before, _followed.attribute = _followed.attribute, "_ghost_positions"
+    try:
+        yield
+    finally:
+        _followed.attribute = before
+
+
+def following_positions() -> bool:
+    """Whether positions are followed instead of samples."""
+    return _followed.attribute == "_ghost_positions"
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +201,8 @@ class RowMap:
 
     def sum_to(self, tensor: Tensor, shape: torch.Size) -> Tensor:
         """Each sample's entries, summed to a shape that broadcasts to the tensor's: `[B, *shape]`."""
+        if shape == tensor.shape[-1:]:
+            return tensor.new_zeros(self.samples, *shape).index_add(0, self.of_row, tensor.reshape(-1, *shape))
         return torch.stack([self.only(tensor, sample).sum_to_size(shape) for sample in range(self.samples)])
 
     def only(self, tensor: Tensor, sample: int) -> Tensor:
@@ -200,12 +227,12 @@ Samples = SampleAxis | Lost | None
 
 def samples_of(tensor: Any) -> Samples:
     """What a tensor carries: its sample axis, `Lost`, or None for a tensor that does not depend on the batch."""
-    return getattr(tensor, _ATTRIBUTE, None)
+    return getattr(tensor, _followed.attribute, None)
 
 
 def set_samples(tensor: Tensor, samples: Samples) -> None:
     """Let a tensor carry its samples; None takes them off."""
     if samples is not None:
-        setattr(tensor, _ATTRIBUTE, samples)
-    elif hasattr(tensor, _ATTRIBUTE):
-        delattr(tensor, _ATTRIBUTE)
+        setattr(tensor, _followed.attribute, samples)
+    elif hasattr(tensor, _followed.attribute):
+        delattr(tensor, _followed.attribute)

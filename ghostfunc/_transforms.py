@@ -22,6 +22,7 @@ from ghostfunc._nesting import unrecorded
 from ghostfunc._products import Along, Joint, Products, WithSamples
 from ghostfunc._randomness import RANDOMNESS, DrewRandomNumbers, RandomState
 from ghostfunc._run import Run, Want, base_factor, run
+from ghostfunc._segments import Segments
 
 Params = Mapping[str, Tensor]
 Dots = Tensor | dict[str, Tensor]
@@ -184,6 +185,10 @@ def _checked(
     return _Call(model_fn, params, _contraction_dtype(params, dtype), names, has_aux, lenient, randomness)
 
 
+def _segments(segments: Tensor | None, batch: Any, samples: int) -> Segments | None:
+    return None if segments is None else Segments.of(segments, batch, samples)
+
+
 def _dots(
     call: _Call,
     train: Any,
@@ -194,6 +199,7 @@ def _dots(
     precondition: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None,
     schedule: str,
     grads: bool,
+    segments: Tensor | None,
 ) -> tuple[ValueAndGradDot, Any]:
     axes = _axes(out)
     if reduction not in ("mean", "sum"):
@@ -205,6 +211,7 @@ def _dots(
     train, val = plain(train), plain(val)
     n, m = batch_size(train, "train"), batch_size(val, "val")
     why_not = "a precondition needs the whole validation gradient first" if precondition else cannot_join(train, val)
+    why_not = "only the train rows have segments" if segments is not None else why_not
     if schedule == "joint" and why_not:
         raise ValueError(f"schedule='joint' cannot serve this call: {why_not}. Use schedule='two-phase' or 'auto'.")
     device = next(iter(call.params.values())).device
@@ -212,13 +219,10 @@ def _dots(
     if joint:
         before = RandomState.of(device)
         try:
-            result = _joint(call, train, val, n, m, axes, reduction, grads, refuse_random=schedule == "auto")
-            if schedule == "joint" or not before.has_moved():
-                return result
+            return _joint(call, train, val, n, m, axes, reduction, grads, refuse_random=schedule == "auto")
         except DrewRandomNumbers:
-            pass
-        before.restore()
-    return _two_phase(call, train, val, n, m, axes, reduction, precondition, grads)
+            before.restore()
+    return _two_phase(call, train, val, n, m, axes, reduction, precondition, grads, _segments(segments, train, n))
 
 
 def _joint(
@@ -254,22 +258,29 @@ def _two_phase(
     reduction: str,
     precondition: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None,
     grads: bool,
+    segments: Segments | None,
 ) -> tuple[ValueAndGradDot, Any]:
+    units = n if segments is None else segments.count + 1
     device = next(iter(call.params.values())).device
     products: Products
     before = RandomState.of(device)  # the train samples draw what a plain step would
     if axes.each_val:
         first = call.run(val, m, train=m, factors=call.names, dropout=False, batches=(("val", m),))
-        products = WithSamples(call.names, n, first, m)
+        products = WithSamples(call.names, units, first, m)
     else:
         weights = torch.full((m,), 1.0 / m if reduction == "mean" else 1.0, dtype=torch.float64, device=device)
         first = call.run(val, m, train=m, grads=True, weights=weights, dropout=False, batches=(("val", m),))
         direction = first.grads if precondition is None else precondition(first.grads)
-        products = Along(call.names, n, _one_direction(direction, call), 1)
+        products = Along(call.names, units, _one_direction(direction, call), 1)
     before.restore()
     weights = torch.full((n,), 1.0 / n if grads else 1.0, dtype=torch.float64, device=device)
-    result = call.contracted(products, train, n, train=n, grads=grads, weights=weights, batches=(("train", n),))
-    dots = _arranged(_product_columns(products, result, call.names), axes, n if grads else 1)
+    result = call.contracted(
+        products, train, n, train=units, grads=grads, weights=weights, batches=(("train", n),), segments=segments
+    )
+    columns = _product_columns(products, result, call.names)
+    if segments is not None:
+        columns = {name: dots[: segments.count] for name, dots in columns.items()}
+    dots = _arranged(columns, axes, n if grads else 1)
     return _values(result, result.losses, first.losses, dots), result.aux
 
 
@@ -312,6 +323,7 @@ def ghost_grad_dot(
     has_aux: bool = False,
     on_unsupported: str = "raise",
     randomness: str = "different",
+    segments: Tensor | None = None,
 ) -> Any:
     """Dot products of each train sample's gradient with the validation gradient.
 
@@ -340,6 +352,10 @@ def ghost_grad_dot(
             "different": every sample its own numbers, those that a plain training step on the same batch and seed
             draws; "same": every sample the same, those that it draws alone in its batch; "error": drawing raises.
             Dropout is off for the validation samples of the two-phase schedule, which "auto" takes.
+        segments: integers `[n, T]`, the sample that each position of the train batch belongs to, from 0 to K - 1, or
+            -1 for none: packed documents. The axis "train" has K entries then, each the part of the gradient of the
+            sum of the losses that comes through the segment's positions: its own gradient, where attention and losses
+            keep segments apart (as `causal_lm_loss` does for a batch with "segments").
 
     Returns:
         The dot products in the axes of `out`; with `has_aux`, `(dots, aux)`.
@@ -371,6 +387,7 @@ def ghost_grad_dot(
         precondition=precondition,
         schedule=schedule,
         grads=False,
+        segments=segments,
     )
     return (values.dots, aux) if has_aux else values.dots
 
@@ -390,6 +407,7 @@ def value_and_grad_dot(
     has_aux: bool = False,
     on_unsupported: str = "raise",
     randomness: str = "different",
+    segments: Tensor | None = None,
 ) -> Any:
     """Losses, the mean training gradient and the dot products of `ghost_grad_dot`, from one forward and backward.
 
@@ -408,6 +426,7 @@ def value_and_grad_dot(
         has_aux: as in `ghost_grad_dot`.
         on_unsupported: as in `ghost_grad_dot`.
         randomness: as in `ghost_grad_dot`.
+        segments: as in `ghost_grad_dot`.
 
     Returns:
         `ValueAndGradDot(losses[n], val_losses[m], grads, dots)`; `grads` is what `torch.func.grad` of the mean train
@@ -438,6 +457,7 @@ def value_and_grad_dot(
         precondition=precondition,
         schedule=schedule,
         grads=True,
+        segments=segments,
     )
     return (values, aux) if has_aux else values
 
@@ -454,6 +474,7 @@ def ghost_grad_along(
     has_aux: bool = False,
     on_unsupported: str = "raise",
     randomness: str = "different",
+    segments: Tensor | None = None,
 ) -> Any:
     """Dot products of each sample's gradient with a direction: d[b] = <grad l_b, direction>.
 
@@ -468,6 +489,7 @@ def ghost_grad_along(
         has_aux: as in `ghost_grad_dot`.
         on_unsupported: as in `ghost_grad_dot`.
         randomness: as in `ghost_grad_dot`.
+        segments: as in `ghost_grad_dot`.
 
     Returns:
         `[B]`, or a dict of them; with `has_aux`, `(dots, aux)`.
@@ -488,9 +510,12 @@ def ghost_grad_along(
     axes = _axes(out, ("param", "train"))
     batch = plain(batch)
     samples = batch_size(batch, "given")
-    products = Along(call.names, samples, _one_direction(direction, call), 1)
-    result = call.contracted(products, batch, samples, train=samples)
-    dots = _arranged(_product_columns(products, result, call.names), axes, 1)
+    of = _segments(segments, batch, samples)
+    units = samples if of is None else of.count + 1
+    products = Along(call.names, units, _one_direction(direction, call), 1)
+    result = call.contracted(products, batch, samples, train=units, segments=of)
+    columns = _product_columns(products, result, call.names)
+    dots = _arranged(columns if of is None else {k: d[: of.count] for k, d in columns.items()}, axes, 1)
     return (dots, result.aux) if has_aux else dots
 
 
@@ -504,6 +529,7 @@ def ghost_factors(
     has_aux: bool = False,
     on_unsupported: str = "raise",
     randomness: str = "different",
+    segments: Tensor | None = None,
 ) -> Any:
     """The factors of every parameter's per-sample gradients, as values.
 
@@ -520,6 +546,7 @@ def ghost_factors(
         has_aux: as in `ghost_grad_dot`.
         on_unsupported: as in `ghost_grad_dot`.
         randomness: as in `ghost_grad_dot`.
+        segments: as in `ghost_grad_dot`.
 
     Returns:
         `(losses[B], {name: [Outer | Gather | Dense, ...]})`, one factor for each use; an empty list for a
@@ -539,10 +566,13 @@ def ghost_factors(
     call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness)
     batch = plain(batch)
     samples = batch_size(batch, "given")
-    result = call.run(batch, samples, train=samples, factors=call.names)
-    with torch.no_grad():
+    of = _segments(segments, batch, samples)
+    units = samples if of is None else of.count + 1
+    result = call.run(batch, samples, train=units, factors=call.names, segments=of)
+    count = samples if of is None else of.count
+    with unrecorded():
         factors: dict[str, list[Factor]] = {
-            name: [base_factor(result, site, result.factors[site], name) for site in result.sites(name)]
+            name: [base_factor(result, s, result.factors[s].part(0, count), name) for s in result.sites(name)]
             for name in call.params
             if name in call.names
         }
