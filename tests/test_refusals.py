@@ -104,7 +104,7 @@ def refusal_of(case: Case) -> tuple[gf.UnsupportedUse | None, Params]:
     return None, params
 
 
-UNSEEN = ("autograd function", "autograd function on a shared weight", "vmap inside", "assigned")
+UNSEEN = ("autograd function", "autograd function on a shared weight", "vmap inside")
 
 
 @pytest.mark.parametrize("name", UNSEEN)
@@ -237,6 +237,37 @@ def test_writes_to_derived_tensors(body: Body, schedule: str) -> None:
         else:
             assert_dots(result.dots, dots(g, mean(v)), 1e-10, on_unsupported)
             assert_grads(result.grads, mean(g), 1e-10, on_unsupported)
+
+
+# --- losses without the batch's tensors -------------------------------------------------------------------------------
+
+
+WITHOUT_DATA: dict[str, Callable[[Params, Tensor], Tensor]] = {
+    "a penalty alone": lambda p, x: p["w"].pow(2).sum().expand(len(x)),
+    "features of lists": lambda p, x: (torch.tensor(x.tolist(), dtype=x.dtype) @ p["w"]).tanh().square().sum((1, 2)),
+    "features of numpy": lambda p, x: (torch.from_numpy(x.numpy()) @ p["w"]).tanh().square().sum((1, 2)),
+}
+
+
+@pytest.mark.parametrize("on_unsupported", ["raise", "dense"])
+@pytest.mark.parametrize("schedule", ["joint", "two-phase"])
+@pytest.mark.parametrize("body", WITHOUT_DATA.values(), ids=WITHOUT_DATA.keys())
+def test_losses_that_no_tensor_of_the_batch_enters(body: Body, schedule: str, on_unsupported: str) -> None:
+    """Nothing tells the samples of such losses apart, and nothing may be lost of their gradients."""
+    _, params, train, val = of_rows(body, w=(4, 4))
+
+    def model_fn(p: Params, batch: dict[str, Tensor]) -> Tensor:
+        return body(p, batch["x"])
+
+    g, v = (per_sample_grads(model_fn, params, b) for b in (train, val))
+    try:
+        result = gf.value_and_grad_dot(model_fn, params, train, val, schedule=schedule, on_unsupported=on_unsupported)
+    except gf.UnsupportedUse as refusal:
+        assert on_unsupported == "raise"
+        assert refusal.parameters == ("w",)
+    else:
+        assert_dots(result.dots, dots(g, mean(v)), 1e-10, schedule)
+        assert_grads(result.grads, mean(g), 1e-10, schedule)
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
