@@ -163,7 +163,7 @@ def _embedding(
             "samples interact. Build the embedding without it, or freeze it."
         )
     vocabulary = len(weight)
-    if input.numel() and (int(input.min()) < 0 or int(input.max()) >= vocabulary):
+    if readable(input) and input.numel() and (int(input.min()) < 0 or int(input.max()) >= vocabulary):
         bad = input[(input < 0) | (input >= vocabulary)][0].item()
         raise IndexError(
             f"{name}: id {bad} is outside the vocabulary: the embedding has {vocabulary} rows {tuple(weight.shape)}, "

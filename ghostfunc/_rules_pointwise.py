@@ -7,6 +7,7 @@ gradient, and nothing else is kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -28,15 +29,15 @@ def pointwise(mode: Interpreter, func: Callable, *args: Any, **kwargs: Any) -> A
     if len(tensors) < 2 or (is_in_place(func) and mode.find(args[0]) is not None):
         return NO_RULE
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    wide = next((t for t in tensors if t.dim() and (t.is_floating_point() or t.is_complex())), None)
+    inexact = [t.dtype for t in tensors if t.dim() and (t.is_floating_point() or t.is_complex())]
 
     def lifted(leaf: Any) -> Any:
         if mode.find(leaf) is None:
             return leaf
-        dtype = leaf.dtype
-        if leaf.dim() == 0 and wide is not None:  # a number has less of a say in the result's dtype than a tensor
-            dtype = torch.result_type(wide, leaf)
-        return lift(mode, op_name(func), leaf, shape, dtype)
+        wide = reduce(torch.promote_types, inexact) if inexact else leaf.dtype
+        if leaf.is_complex():  # a number has no more say in the result's dtype than that
+            wide = wide.to_complex()
+        return lift(mode, op_name(func), leaf, shape, wide)
 
     args, kwargs = pytree.tree_map(lifted, (args, kwargs))
     return func(*args, **kwargs)
