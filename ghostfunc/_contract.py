@@ -21,7 +21,7 @@ from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from ghostfunc._factors import Dense, Factor, Gather, Outer, Own
-from ghostfunc._nesting import functorch_level
+from ghostfunc._nesting import functorch_level, readable, recorded
 
 _TILE_BYTES = 16 << 20
 _GRAM_BYTES = 256 << 20
@@ -167,6 +167,21 @@ def _along_outer(
 def _tile_stream(
     left: Float[Tensor, "n r p"], right: Float[Tensor, "n r q"], directions: Directions, want_grad: bool
 ) -> tuple[Float[Tensor, "n k"], Float[Tensor, "p q"] | None]:
+    if not recorded(left):
+        return tile_loop(left, right, directions, want_grad)
+    given, rows, each = None, (None, None), False
+    if isinstance(directions, Given):
+        given = directions.tensor
+    else:
+        rows, each = (directions.left, directions.right), directions.each
+    dots, grad = torch.ops.ghostfunc.tile_stream(left, right, given, *rows, each, want_grad)
+    return dots, grad if want_grad else None
+
+
+def tile_loop(
+    left: Float[Tensor, "n r p"], right: Float[Tensor, "n r q"], directions: Directions, want_grad: bool
+) -> tuple[Float[Tensor, "n k"], Float[Tensor, "p q"] | None]:
+    """The tile stream itself; `torch.ops.ghostfunc.tile_stream` in a compiled graph."""
     n, _, p = left.shape
     q = right.shape[2]
     rows = max(1, min(p, _TILE_BYTES // max(1, n * q * left.element_size())))
@@ -236,7 +251,7 @@ def pair_sum(train: Factor, val: Factor) -> Float[Tensor, "n 1"]:
         return contract_outer(train, FromRows(val.left, val.right, each=False), want_grad=False)[0]
     if isinstance(val, Dense):
         return along(train, val.grad.sum(0, keepdim=True))
-    if isinstance(val, Gather) and isinstance(train, (Outer, Gather)):
+    if isinstance(val, Gather) and isinstance(train, (Outer, Gather)) and readable(val.ids):
         return _along_table(train, val)
     return pair(train, val).sum(1, keepdim=True)
 

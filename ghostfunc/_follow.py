@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ghostfunc._axis_algebra import Op, agree, aligned, argument, ints, mixed, row_major, unknown
 from ghostfunc._letters import as_einsum
-from ghostfunc._nesting import readable
+from ghostfunc._nesting import readable, with_values
 from ghostfunc._operations import LIKE_ANOTHER, einsum_letters, is_in_place, op_name, tensors_in
 from ghostfunc._packed import PACKING, is_packed, packed_recurrent
 from ghostfunc._routing import ROUTING, assigned, mark_enumeration, moved
@@ -502,6 +502,7 @@ _RULES: dict[str, Callable[[Op], Samples]] = {
 }
 
 
+@with_values
 def follow(
     func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any, samples: int, notes: list[str]
 ) -> None:

@@ -6,8 +6,11 @@ its own, above the outer transform's: what comes out of it is unwrapped, and is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +18,10 @@ from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeA
 from torch._functorch.eager_transforms import enable_inplace_requires_grad, grad_increment_nesting
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def functorch_level() -> int | None:
@@ -54,10 +61,31 @@ def saved_tensors_are_hooked() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def uncompiled() -> AbstractContextManager:
+    """What `torch.compile` has made of a module or a function runs as it was written, for the interpreter to see."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
 def readable(tensor: Tensor) -> bool:
     """Whether a tensor has values that can be looked at: not under `vmap`, nor while a compiler traces."""
     while functorch.is_functorch_wrapped_tensor(tensor):  # pyright: ignore[reportAttributeAccessIssue]
         if functorch.is_batchedtensor(tensor):  # pyright: ignore[reportAttributeAccessIssue]
             return False
         tensor = functorch.get_unwrapped(tensor)  # pyright: ignore[reportAttributeAccessIssue]
-    return not isinstance(tensor, (FakeTensor, FunctionalTensor))
+    return not recorded(tensor)
+
+
+def with_values(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A function that computes with values even while a compiler records: what it makes is a constant to the recording."""
+
+    @wraps(function)
+    def computing(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext():
+            return function(*args, **kwargs)
+
+    return computing
+
+
+def recorded(tensor: Tensor) -> bool:
+    """Whether a compiler records what is done with a tensor, which has no values yet."""
+    return isinstance(tensor, (FakeTensor, FunctionalTensor))

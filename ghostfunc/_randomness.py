@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ghostfunc._axis_algebra import argument
 from ghostfunc._errors import UnsupportedUse
+from ghostfunc._nesting import with_values
 from ghostfunc._operations import is_in_place, op_name, tensors_in
 from ghostfunc._sample_axis import Lost, SampleAxis, samples_of
 
@@ -69,6 +70,7 @@ class RandomState:
         if self.accelerator is not None:
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
 
+    @with_values
     def has_moved(self) -> bool:
         """Whether a number has been drawn since."""
         now = RandomState.of(self.device)
@@ -77,12 +79,22 @@ class RandomState:
 
     def replay(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
         """Run a function from these states, and leave the generators as they are."""
+        _refuse_while_recorded()
         now = RandomState.of(self.device)
         try:
             self.restore()
             return func(*args, **kwargs)
         finally:
             now.restore()
+
+
+def _refuse_while_recorded() -> None:
+    if torch.compiler.is_compiling():
+        raise UnsupportedUse(
+            "the same random numbers are needed again, and a compiled graph would draw others: a parameter goes through "
+            "an operation that draws, or randomness='same' through one that is no dropout. Call it outside of "
+            "torch.compile, or put the model in eval mode (module.eval())."
+        )
 
 
 def draws(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -217,6 +229,7 @@ def _one_by_one(
         of_sample = _part(leaf, there, sample)
         return of_sample.clone() if in_place else of_sample
 
+    _refuse_while_recorded()
     before, after, parts = RandomState.of(x.device), None, []
     for sample in range(axis.samples):
         before.restore()

@@ -23,7 +23,7 @@ from ghostfunc._errors import InteractingSamples, UnsupportedUse, interaction
 from ghostfunc._factors import Dense, Factor, Own
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._interpreter import Interpreter, Site, Tracked
-from ghostfunc._nesting import functorch_level, own_level, readable, unrecorded, unwrapped
+from ghostfunc._nesting import functorch_level, own_level, readable, recorded, uncompiled, unrecorded, unwrapped
 from ghostfunc._probe import probe
 from ghostfunc._randomness import RandomState
 from ghostfunc._rules import apply_rule
@@ -181,6 +181,12 @@ def _run(
             "tell the samples apart. Call it outside of the transform, or use operations that are followed.",
             tuple(params),
         )
+    if doubt and recorded(losses):
+        raise UnsupportedUse(
+            f"{doubt}, and while torch.compile records the call no probe of the backward can tell the samples apart. "
+            "Call it outside of torch.compile, or use operations that are followed.",
+            tuple(params),
+        )
     for site in mode.sites:
         site.train = want.train
         site.wants_grad = want.grads
@@ -228,7 +234,7 @@ def forward(
     # Only the math kernel of attention has a derivative of its backward.
     kernels = sdpa_kernel(SDPBackend.MATH) if nested else nullcontext()
     before = None if torch.compiler.is_compiling() else RandomState.of(mode.device)
-    with torch.enable_grad(), kernels, mode:
+    with torch.enable_grad(), kernels, uncompiled(), mode:
         out = model_fn(mode.sentinels, pytree.tree_map_only(Tensor, carrying, batch))
     if before is not None and not mode.random and before.has_moved():
         mode.drew_unseen()
@@ -297,7 +303,7 @@ def check_losses(losses: Any, samples: int, batches: tuple[tuple[str, int], ...]
     if not losses.is_floating_point():
         raise TypeError(f"model_fn returned losses of dtype {losses.dtype}; expected a floating-point dtype.")
     if readable(losses) and not bool(torch.isfinite(losses).all()):
-        raise ValueError(_not_finite(losses.detach(), batches or (("given", samples),)))
+        raise ValueError(not_finite(losses.detach(), batches or (("given", samples),)))
 
 
 def _sizes(samples: int, batches: tuple[tuple[str, int], ...]) -> str:
@@ -305,7 +311,8 @@ def _sizes(samples: int, batches: tuple[tuple[str, int], ...]) -> str:
     return f"a batch of {samples} samples" + (f" ({joined}, joined)" if len(batches) > 1 else "")
 
 
-def _not_finite(losses: Tensor, batches: tuple[tuple[str, int], ...]) -> str:
+def not_finite(losses: Tensor, batches: tuple[tuple[str, int], ...]) -> str:
+    """What is wrong with losses of which some are not finite, by the batches that they come from."""
     found = []
     for (what, _), part in zip(batches, losses.split([size for _, size in batches]), strict=True):
         bad = (~torch.isfinite(part)).nonzero().flatten().tolist()
@@ -356,6 +363,9 @@ def _backward(mode: Interpreter, losses: Tensor, want: Want, doubt: str, level: 
     watched = mode.tracked
     inputs += [t.sentinel for t in watched]
     weights = torch.ones_like(losses) if want.weights is None else want.weights.to(losses)
+    if recorded(losses):  # the check of `check_losses`, when the compiled graph runs
+        names, sizes = zip(*(want.batches or (("given", len(losses)),)), strict=True)
+        weights = torch.ops.ghostfunc.finite(weights, losses.detach(), names, sizes)
     keep = bool(doubt) or want.lenient or mode.nested
     values: list[Tensor | None] = [None] * len(inputs)
     if losses.requires_grad:

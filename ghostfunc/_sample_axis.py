@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghostfunc._nesting import readable
+from ghostfunc._nesting import readable, with_values
 
 
 class _Followed(threading.local):
@@ -89,6 +89,7 @@ class SampleAxis:
         return torch.arange(self.samples).repeat_interleave(self.inner).repeat(self.outer)
 
     @cached_property
+    @with_values
     def _places(self) -> tuple[Tensor, Tensor, Tensor, int]:
         """For scattered rows: `(order, sample, place among the sample's rows, longest sample)`; no one's left out."""
         assert self.owners is not None

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ghostfunc._batch import batch_size, cannot_join, join, plain
+from ghostfunc._compile import one_node
 from ghostfunc._factors import Factor
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._nesting import unrecorded
@@ -308,6 +309,7 @@ def _one_direction(direction: Params, call: _Call) -> dict[str, Tensor]:
         return {name: direction[name].to(call.dtype).unsqueeze(0) for name in call.names}
 
 
+@one_node
 def ghost_grad_dot(
     model_fn: ModelFn,
     params: Params,
@@ -392,6 +394,7 @@ def ghost_grad_dot(
     return (values.dots, aux) if has_aux else values.dots
 
 
+@one_node
 def value_and_grad_dot(
     model_fn: ModelFn,
     params: Params,
@@ -462,6 +465,7 @@ def value_and_grad_dot(
     return (values, aux) if has_aux else values
 
 
+@one_node
 def ghost_grad_along(
     model_fn: ModelFn,
     params: Params,

@@ -10,8 +10,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-# These run at every torch operation, and would be eight times slower.
-PER_OPERATION = {"_follow", "_interpreter", "_operations", "_rules", "_sample_axis"}
+# These run at every torch operation, and would be eight times slower; `_compile` is read by the compiler.
+PER_OPERATION = {"_compile", "_follow", "_interpreter", "_operations", "_rules", "_sample_axis"}
 package = find_spec("ghostfunc")
 assert package is not None and package.origin is not None, "ghostfunc is not installed: run make setup"
 modules = {path.stem for path in Path(package.origin).parent.glob("*.py")} - PER_OPERATION - {"__init__"}
