@@ -133,7 +133,7 @@ def _arranged(columns: dict[str, Tensor], axes: _Axes, scale: int) -> Dots:
 
 
 def _product_columns(products: Products, result: Run, names: frozenset[str]) -> dict[str, Tensor]:
-    with unrecorded():
+    with unrecorded(), torch.autocast(result.losses.device.type, enabled=False):
         return {name: products.products(result, name) for name in result.leaves if name in names}
 
 
