@@ -224,7 +224,7 @@ def _recurrent(step: Step) -> Rule:
     """A recurrent layer, torch's `lstm`, `gru`, `rnn_tanh` or `rnn_relu`: `(output, last state of each layer, ...)`."""
 
     def rule(mode: Interpreter, func: Callable, *args: Any, **kwargs: Any) -> Any:
-        if kwargs:
+        if kwargs or args[0].numel() == 0:  # which torch refuses in its own words
             return NO_RULE
         op = op_name(func)
         packed = is_packed(args)

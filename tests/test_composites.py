@@ -294,11 +294,20 @@ def test_transformer(batch_first, training):
     check(case(module, call, sequences(padded=True)))
 
 
-def test_a_frozen_encoder_is_followed():
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_frozen_encoder_is_followed(training):
+    """In eval mode torch gives a frozen encoder to kernels for inference; at positions of data they say the same.
+
+    At padded positions they say zero, and the interpreter what the encoder says in training.
+    """
+
+    def call(m: nn.ModuleList, x: Tensor, pad: Tensor) -> Tensor:
+        return m[1](m[0](x, src_key_padding_mask=pad)).masked_fill(pad[..., None], 0)
+
     torch.manual_seed(0)
-    head = nn.Linear(D, 3)
-    module = nn.ModuleList([_encoder(1, batch_first=True).requires_grad_(False), head])
-    check(case(module, lambda m, x: m[1](m[0](x))))
+    module = nn.ModuleList([_encoder(1, batch_first=True).requires_grad_(False), nn.Linear(D, 3)]).train(training)
+    check(case(module, call, sequences(padded=True)))
 
 
 def test_layers_for_inference_are_refused_by_name():
@@ -499,6 +508,28 @@ def test_one_factor_for_all_time_steps():
             (factor,) = uses
             assert isinstance(factor, gf.Outer)
             assert factor.a.shape[:2] == (4, T)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recurrent_layer_used_again_and_again(kind):
+    """Step by step, and then on its own outputs: the uses belong together in every dot product."""
+
+    def call(rnn: nn.RNNBase, x: Tensor) -> tuple[Tensor, ...]:
+        state, outs = None, []
+        for t in range(3):
+            out, state = rnn(x[:, t : t + 1], state)
+            outs.append(out)
+        return torch.cat(outs, 1), rnn(rnn(x)[0])[0]
+
+    torch.manual_seed(0)
+    check(case(KINDS[kind](D, D, batch_first=True), call))
+
+
+def test_an_empty_sequence_is_refused_in_torchs_words():
+    rnn = nn.LSTM(D, HIDDEN, batch_first=True)
+    model_fn, params, batch = case(rnn, lambda rnn, x: rnn(x[:, :0])[0])
+    with pytest.raises(RuntimeError, match="sequence length to be larger than 0"):
+        gf.ghost_grad_along(model_fn, params, batch(3, 1), params)
 
 
 def test_samples_in_the_place_of_time_steps_are_refused():
