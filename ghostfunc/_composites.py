@@ -80,7 +80,8 @@ def _attention(
         if tensor is None or mode.find(tensor) is None:
             return tensor
         shape = [1] * (-place - tensor.dim()) + list(tensor.shape)
-        shape[place] = axis.size
+        if axis.samples > 1:
+            shape[place] = axis.size
         return _as_data(mode, "attention", tensor, shape, replace(axis, dim=len(shape) + place))
 
     return mode.call(func, *map(with_samples, operands), *args, **kwargs)

@@ -223,6 +223,12 @@ LEARNED: dict[str, tuple[Callable[[dict[str, Tensor], Tensor], Tensor], dict[str
         lambda p, x: F.scaled_dot_product_attention(_heads(x), p["k"].expand(len(x), -1, -1, -1), p["v"][None]),
         {"k": (HEADS, 3, 2), "v": (HEADS, 3, 2)},
     ),
+    "heads first": (
+        lambda p, x: F.scaled_dot_product_attention(
+            p["q"].expand(-1, len(x), -1, -1), *2 * [_heads(x).transpose(0, 1)]
+        ).transpose(0, 1),
+        {"q": (HEADS, 1, 3, 2)},
+    ),
     "position biases": (
         lambda p, x: F.scaled_dot_product_attention(_heads(x), _heads(x @ p["k"]), _heads(x), p["bias"]),
         {"k": (D, D), "bias": (HEADS, T, T)},
@@ -241,7 +247,11 @@ def test_attention_around_parameters(name):
     def model_fn(p, batch):
         return distance(body(p, batch[0]), batch)
 
-    check(Built(model_fn, Draw(torch.float64, CPU).params(**shapes), sequences()))
+    params, batch = Draw(torch.float64, CPU).params(**shapes), sequences()
+    check(Built(model_fn, params, batch))
+    (_, g), (_, v) = (losses_and_grads(model_fn, params, batch(1, seed)) for seed in (1, 2))
+    one = gf.ghost_grad_dot(model_fn, params, batch(1, 1), batch(1, 2), schedule="two-phase")
+    assert_dots(one, expected("train", g, v), 1e-10, "one sample")
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------
