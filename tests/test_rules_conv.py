@@ -169,9 +169,8 @@ def test_torch_convolution(transposed, groups):
     def convolution(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return torch.convolution(x, w, b, [2], [1], [1], transposed, [1 if transposed else 0], groups)
 
-    check(*(lambda f, p, batch: (f, p, batch(3, 1), batch(2, 2)))(
-        *built(Geometry(convolution, (9,), 4, weight, 6, {}), torch.float64, CPU)
-    ))  # fmt: skip
+    model_fn, params, batch = built(Geometry(convolution, (9,), 4, weight, 6, {}), torch.float64, CPU)
+    check(model_fn, params, batch(3, 1), batch(2, 2))
 
 
 @pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
@@ -242,7 +241,7 @@ def test_products_are_functions_that_have_derivatives(name):
 
         direction = torch.func.grad(lambda q: model_fn(q, val).mean())(p)
         grads = [gradient(row, y) for row, y in zip(x, train["y"], strict=True)]
-        return torch.stack([sum((g[k] * direction[k]).sum() for k in g) for g in grads])
+        return torch.stack([torch.cat([(g[k] * direction[k]).flatten() for k in g]).sum() for g in grads])
 
     def by_us(p: dict[str, Tensor], x: Tensor) -> Tensor:
         return gf.ghost_grad_dot(model_fn, p, {"x": x, "y": train["y"]}, val)
