@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
-from ghostfunc._factors import Dense, Factor, Gather, Outer, Own
+from ghostfunc._factors import Dense, Factor, Gather, Later, Outer, Own
 from ghostfunc._nesting import functorch_level, readable, recorded
 
 _TILE_BYTES = 16 << 20
@@ -213,6 +213,8 @@ def along(factor: Factor, directions: Inexact[Tensor, "k ..."]) -> Inexact[Tenso
         return contract_outer(factor, Given(directions.flatten(2)), want_grad=False)[0]
     if isinstance(factor, Gather):
         return torch.stack([(direction[factor.ids] * factor.g).sum((1, 2)) for direction in directions], 1)
+    if isinstance(factor, Later):
+        return torch.cat([along(chunk, directions) for chunk in factor.chunks()])
     if isinstance(factor, Dense):
         return factor.grad.reshape(len(factor.grad), -1) @ directions.reshape(len(directions), -1).t()
     rows = slice(factor.start, factor.start + len(factor.grad))
@@ -229,8 +231,12 @@ def pair(train: Factor, val: Factor) -> Float[Tensor, "n m"]:
     """
     if isinstance(train, Own) or isinstance(val, Own):
         raise TypeError("a tensor with a part for each sample has no pairs; its gradients go through directions.")
+    if isinstance(val, Later):
+        return torch.cat([pair(train, chunk) for chunk in val.chunks()], 1)
     if isinstance(val, Dense):
         return along(train, val.grad)
+    if isinstance(train, Later):
+        return torch.cat([pair(chunk, val) for chunk in train.chunks()])
     if isinstance(train, Dense):
         return along(val, train.grad).t()
     n, m = len(train.g), len(val.g)
@@ -249,6 +255,8 @@ def pair_sum(train: Factor, val: Factor) -> Float[Tensor, "n 1"]:
     """Dot products of every train sample with the sum of the validation samples' gradients, `[n, 1]`."""
     if isinstance(train, Outer) and isinstance(val, Outer):
         return contract_outer(train, FromRows(val.left, val.right, each=False), want_grad=False)[0]
+    if isinstance(val, Later):
+        return along(train, total(val, val.shape).unsqueeze(0))
     if isinstance(val, Dense):
         return along(train, val.grad.sum(0, keepdim=True))
     if isinstance(val, Gather) and isinstance(train, (Outer, Gather)) and readable(val.ids):
@@ -291,6 +299,8 @@ def total(factor: Factor, shape: Sequence[int]) -> Tensor:
         return (factor.left.flatten(0, 1).t() @ factor.right.flatten(0, 1)).view(shape)
     if isinstance(factor, Gather):
         return factor.g.new_zeros(shape).index_add_(0, factor.ids.flatten(), factor.g.flatten(0, 1))
+    if isinstance(factor, Later):
+        return torch.stack([chunk.grad.sum(0) for chunk in factor.chunks()]).sum(0).view(shape)
     if isinstance(factor, Dense):
         return factor.grad.sum(0).view(shape)
     whole = factor.grad.new_zeros(shape)

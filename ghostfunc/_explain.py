@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ghostfunc._batch import batch_size, cannot_join, join, plain
 from ghostfunc._contract import best_order
+from ghostfunc._factors import Later
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._interpreter import Site
 from ghostfunc._products import Along, Joint
@@ -26,11 +28,12 @@ class Use:
 
     Attributes:
         op: the operation.
-        factor: "Outer", "Gather" or "Dense".
+        factor: "Outer", "Gather", "Dense", or "Later" where the operation has no rule.
         contraction: "tile stream", "direction", "Gram", or what is kept until the end of the backward.
         flops: products beside those of a plain training step, for the dot products and the directions.
         bytes: what is kept until the end of the backward.
         derived: whether the parameter enters through a tensor derived from it.
+        fallback: whether the operation has no rule: exact, by a backward of the operation for each sample.
     """
 
     op: str
@@ -39,6 +42,7 @@ class Use:
     flops: int
     bytes: int
     derived: bool
+    fallback: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,20 @@ class Plan:
         """Products beside a plain training step on the train samples, without the val forward and backward."""
         return sum(use.flops for uses in self.uses.values() for use in uses)
 
+    @property
+    def coverage(self) -> dict[str, float]:
+        """The share of all parameters, by number, that each rule covers, or several together; the largest first.
+
+        "fallback" are those with a use that has no rule, "unused" those that the losses do not depend on.
+        """
+        sizes: dict[str, int] = {}
+        for name, uses in self.uses.items():
+            rules = " + ".join(sorted({use.op for use in uses})) or "unused"
+            rules = "fallback" if any(use.fallback for use in uses) else rules
+            sizes[rules] = sizes.get(rules, 0) + math.prod(self.shapes[name])
+        whole = sum(sizes.values())
+        return {rules: size / whole for rules, size in sorted(sizes.items(), key=lambda item: -item[1])}
+
     def __str__(self) -> str:
         rows = [("parameter", "shape", "use", "factor", "contraction", "MFLOP", "MB kept")]
         for name, uses in self.uses.items():
@@ -84,6 +102,8 @@ class Plan:
             head = f"{self.samples} samples along a given direction"
         if self.probe:
             lines.append(f"a second backward tells samples apart: {self.probe}")
+        covered = ", ".join(f"{share:.1%} {rules}" for rules, share in self.coverage.items())
+        lines.append(f"parameters by rule: {covered}")
         return "\n".join(
             [head, *lines, f"beside a plain step on the train samples: {self.flops / 1e9:.4g} GFLOP of products"]
         )
@@ -177,6 +197,10 @@ def _use(site: Site, n: int, samples: int, m: int, joint: bool, probe: str) -> U
     shape = site.tracked.real.shape
     size = torch.finfo(site.dtype).bits // 8
     derived = site.tracked.derivation is not None
+    if site.fallback:
+        at_once = min(samples, Later.at_a_time(shape.numel(), size))
+        how = f"no rule: a backward of `{site.op}` for each sample, {at_once} at a time"
+        return Use(site.op, "Later", how, 0, at_once * shape.numel() * size, derived, fallback=True)
     if site.kind == "dense":
         kept = samples * shape.numel() * size
         return Use(site.op, "Dense", "per-sample gradients kept", 0, kept, derived)

@@ -6,11 +6,13 @@ The gradient of sample b is the sum over uses of
     Gather    G_b = sum_r onehot(ids[b, r]) outer g[b, r]            an embedding; a one-hot activation is its index
     Dense     G_b = grad[b]                                          scales, biases, anything else
     Own       G_b = grad[b] in the part that only sample b uses      a tensor that has a part for each sample
+    Later     G_b computed when it is asked for                      an operation without a rule
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +20,8 @@ from jaxtyping import Float, Inexact, Int
 from torch import Tensor
 
 from ghostfunc._sample_axis import SampleAxis
+
+LATER_BYTES = 64 << 20  # what the per-sample gradients of an operation without a rule may take at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,5 +124,41 @@ class Own:
         return Own(self.grad[start:stop], self.axis, self.start + start)
 
 
-Factor = Outer | Gather | Dense | Own
+@dataclass(frozen=True, eq=False)
+class Later:
+    """Per-sample gradients that are computed when they are asked for, as many samples at a time as fit the budget.
+
+    Attributes:
+        rows: `(start, stop) -> [stop - start, *shape]`.
+        shape: of one sample's gradient.
+        samples: how many there are, B.
+        start: the first one.
+    """
+
+    rows: Callable[[int, int], Tensor]
+    shape: tuple[int, ...]
+    samples: int
+    start: int = 0
+
+    def dense(self, shape: Sequence[int]) -> Inexact[Tensor, "b ..."]:
+        """The per-sample gradients `[B, *shape]`."""
+        return self.rows(self.start, self.start + self.samples).view(-1, *shape)
+
+    def part(self, start: int, stop: int) -> Later:
+        """The factor of samples start to stop."""
+        return replace(self, start=self.start + start, samples=stop - start)
+
+    @staticmethod
+    def at_a_time(numel: int, itemsize: int) -> int:
+        """How many samples' gradients of so many numbers are made at a time."""
+        return max(1, LATER_BYTES // max(1, numel * itemsize))
+
+    def chunks(self) -> Iterator[Dense]:
+        """The samples in turn, as many at a time as fit the budget."""
+        step = self.at_a_time(math.prod(self.shape), 8)
+        for start in range(self.start, self.start + self.samples, step):
+            yield Dense(self.rows(start, min(start + step, self.start + self.samples)))
+
+
+Factor = Outer | Gather | Dense | Own | Later
 

@@ -535,6 +535,8 @@ def follow(
     if name in ROUTING:  # an index has no gradient; what it does to samples, its rule finds
         carried = [samples_of(t) for k, t in enumerate(tensors) if k == 0 or t.is_floating_point()]
     lost = next((s for s in carried if isinstance(s, Lost)), None)
+    if following_positions() and any(isinstance(s, SampleAxis) for s in carried):
+        lost = None  # positions may meet, as they do in attention
     for index, result in enumerate(results):
         if lost is not None:
             found: Samples = lost

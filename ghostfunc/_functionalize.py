@@ -101,8 +101,8 @@ def _checkpointing(module: nn.Module, swap: Callable[[], AbstractContextManager]
     """Activation checkpointing as it was asked for, where the recomputation can run with the same parameters.
 
     Under the interpreter the backward enters `swap` again, and checkpointing is of the kind that can be recomputed
-    there (`use_reentrant=False`). Elsewhere the recomputation would run with the module's own weights, so that nothing is
-    checkpointed: the same numbers, in more memory.
+    there (`use_reentrant=False`). Elsewhere the recomputation would run with the module's own weights, so that nothing
+    is checkpointed: the same numbers, in more memory.
     """
     interpreter = Interpreter.current()
     checkpointed = [m for m in module.modules() if m.training and getattr(m, "gradient_checkpointing", False)]

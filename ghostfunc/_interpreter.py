@@ -42,8 +42,8 @@ from ghostfunc._randomness import (
     refusal,
     shared,
 )
-from ghostfunc._segments import Segments
 from ghostfunc._sample_axis import Lost, Partition, RowMap, SampleAxis, Samples, samples_of, set_samples
+from ghostfunc._segments import Segments
 
 _ISOMETRIES = frozenset(
     "t transpose swapaxes permute movedim view reshape flatten unflatten squeeze unsqueeze contiguous clone alias "
@@ -97,6 +97,7 @@ class Tracked:
         derivation: None for a parameter.
         isometric: whether it is a parameter with its entries in another order.
         unseen: where an operation used the sentinel itself: how.
+        stale: what made the values of a derived tensor others than these.
         sites: the uses with data.
     """
 
@@ -106,6 +107,7 @@ class Tracked:
     derivation: Derivation | None = None
     isometric: bool = True
     unseen: str = ""
+    stale: str = ""
     sites: list[Site] = field(default_factory=list)
 
     def replay(self, values: Mapping[str, Tensor]) -> Tensor:
@@ -174,6 +176,7 @@ class Site:
         ids: for "gather": the ids as they were given.
         fused_right: for "fused": activations of all samples, where cross terms with other uses need them.
         rows: with segments: the segment of each row of the result, given where the samples are.
+        fallback: whether the operation has no rule.
     """
 
     tracked: Tracked
@@ -193,6 +196,7 @@ class Site:
     ids: Tensor | None = None
     fused_right: Tensor | None = None
     rows: Callable[[SampleAxis], RowMap | Lost] | None = None
+    fallback: bool = False
 
     @property
     def label(self) -> str:
@@ -219,8 +223,8 @@ class Site:
             samples = self.rows(samples)
             if isinstance(samples, Lost):
                 raise UnsupportedUse(
-                    f"{self.label}: segments= needs each row of the result of `{self.op}` at one position of the batch, "
-                    f"and here it is not known ({samples.reason}). Leave the parameter out with layers=.",
+                    f"{self.label}: segments= needs each row of the result of `{self.op}` at one position of the "
+                    f"batch, and here it is not known ({samples.reason}). Leave the parameter out with layers=.",
                     self.tracked.names,
                 )
         if not isinstance(samples, Partition):
@@ -481,6 +485,7 @@ class Interpreter(TorchFunctionMode):
         self._watch_checkpoint(tensors)
         if func is torch.autograd.grad or func is torch.autograd.backward or name == "backward":
             self._refuse_backward(name)
+        self._refuse_stale(name, tracked)
         if tracked and (why := self._must_not_see(func, args, kwargs, tensors)):
             for t in tracked:
                 t.unseen = why
@@ -609,12 +614,15 @@ class Interpreter(TorchFunctionMode):
         written = self.find(args[0])
         if written is None:
             return func(*args, **kwargs)  # on the sentinels: the backward will find them
-        if written.derivation is None or self._is_shared(written):
+        shared = self._in_the_same_memory(written)
+        if any(t.derivation is None for t in (written, *shared)):
             raise UnsupportedUse(
-                f"{', '.join(written.names)}: `{op_name(func)}` writes to a parameter of shape "
-                f"{tuple(written.real.shape)}, or to memory that it shares with a view. Write to a copy (clone()).",
+                f"{', '.join(written.names)}: `{op_name(func)}` writes to a parameter, or a view of one, of shape "
+                f"{tuple(written.real.shape)}. Write to a copy (clone()).",
                 written.names,
             )
+        for other in shared:
+            other.stale = f"`{op_name(func)}` wrote to a view of it"
 
         def on_a_copy(first: Tensor, *more: Any, **kwargs: Any) -> Tensor:
             copy = first.clone()
@@ -632,10 +640,18 @@ class Interpreter(TorchFunctionMode):
         self._by_id[id(args[0])] = now
         return args[0]
 
-    def _is_shared(self, written: Tracked) -> bool:
-        """Whether another tracked tensor sees the memory that this one does."""
+    def _in_the_same_memory(self, written: Tracked) -> list[Tracked]:
         storage = written.real.untyped_storage().data_ptr()
-        return any(t is not written and t.real.untyped_storage().data_ptr() == storage for t in self.tracked)
+        return [t for t in self.tracked if t is not written and t.real.untyped_storage().data_ptr() == storage]
+
+    def _refuse_stale(self, name: str, tracked: list[Tracked]) -> None:
+        for t in tracked:
+            if t.stale:
+                raise UnsupportedUse(
+                    f"{', '.join(t.names)}: `{name}` uses a tensor of shape {tuple(t.real.shape)} derived from it "
+                    f"after {t.stale}. Write to a copy (clone()).",
+                    t.names,
+                )
 
     # -- tensors of unknown origin
 

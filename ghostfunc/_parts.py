@@ -44,7 +44,8 @@ def part_of(parameter: Tensor, view: Tensor) -> Part | None:
     box = []
     dims = dict(zip(view.stride(), view.shape, strict=True))
     for size, stride in zip(parameter.shape, parameter.stride(), strict=True):
-        start, rest = divmod(rest, stride) if size > 1 else (0, rest)
+        start = int(rest) // int(stride) if size > 1 else 0
+        rest = int(rest) - start * int(stride)
         extent = dims.pop(stride, 1) if size > 1 else 1
         if start < 0 or start + extent > size:
             return None

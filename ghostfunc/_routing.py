@@ -222,6 +222,8 @@ def _index_add(op: Op) -> Samples:
     target, dim = op.args[0], argument(op.args, op.kwargs, 1, "dim")
     index, source = argument(op.args, op.kwargs, 2, "index"), argument(op.args, op.kwargs, 3, "source", "tensor")
     dim %= target.dim()
+    if index.dim() == 0:
+        return unknown(op.name)
     axis, given, of_index = op.axis, samples_of(source), samples_of(index)
     if isinstance(of_index, Lost):
         op.notes.append(f"`{op.name}` puts rows at an index that the whole batch decides")

@@ -7,7 +7,7 @@ row there takes `_opaque`, which is exact for every operation whose result keeps
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ghostfunc._composites import COMPOSITES
 from ghostfunc._errors import InteractingSamples, UnsupportedUse
-from ghostfunc._factors import Dense, Factor, Gather, Outer
+from ghostfunc._factors import Dense, Factor, Gather, Later, Outer
 from ghostfunc._interpreter import Interpreter
 from ghostfunc._nesting import readable
 from ghostfunc._operations import is_in_place, op_name
@@ -179,9 +179,7 @@ def _embedding(
         return Gather(samples.rows(ids.unsqueeze(-1)).squeeze(-1), samples.rows(g))
 
     out = F.embedding(input, mode.value(weight))
-    result = tapped(mode, "embedding", out, (input,), Use(tracked, "gather", gather))
-    tracked.sites[-1].ids = input
-    return result
+    return tapped(mode, "embedding", out, (input,), Use(tracked, "gather", gather, ids=input))
 
 
 # ---------------------------------------------------------------- norms
@@ -227,7 +225,7 @@ def _layer_norm(
 
 
 def _opaque(mode: Interpreter, name: str, func: Callable, args: Any, kwargs: Any) -> Any:
-    """Any operation: Dense by one backward of it for each sample, its cotangent masked."""
+    """Any operation: one backward of it for each sample, its cotangent masked, when the gradients are asked for."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[k] for k in places]
@@ -264,7 +262,7 @@ def _opaque(mode: Interpreter, name: str, func: Callable, args: Any, kwargs: Any
     if not (out.is_floating_point() or out.is_complex()):
         return out
 
-    def pull(place: int, saved: tuple[Tensor, ...], cotangents: list[Tensor]) -> list[Tensor]:
+    def pull(place: int, saved: tuple[Tensor, ...], cotangents: Iterable[Tensor]) -> list[Tensor]:
         """The operation's gradients with respect to one of its tensors, for each cotangent."""
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_(k == place) for k, t in enumerate(saved)]
@@ -276,11 +274,14 @@ def _opaque(mode: Interpreter, name: str, func: Callable, args: Any, kwargs: Any
             ]
         return [g for (g,) in found]
 
-    def dense(g: Tensor, samples: Partition, *saved: Tensor, place: int) -> Factor:
-        return Dense(torch.stack(pull(place, saved, [samples.only(g, s) for s in range(samples.samples)])).to(g))
+    def later(g: Tensor, samples: Partition, *saved: Tensor, place: int) -> Factor:
+        def rows(start: int, stop: int) -> Tensor:
+            return torch.stack(pull(place, saved, (samples.only(g, s) for s in range(start, stop)))).to(g)
+
+        return Later(rows, tuple(saved[place].shape), samples.samples)
 
     uses = [
-        Use(t, "dense", partial(dense, place=k), lambda g, *saved, k=k: pull(k, saved, [g])[0])
+        Use(t, "dense", partial(later, place=k), lambda g, *saved, k=k: pull(k, saved, [g])[0], fallback=True)
         for k, t in enumerate(tracked)
         if t is not None
     ]

@@ -20,15 +20,15 @@ from torch.utils import _pytree as pytree
 
 from ghostfunc._contract import total
 from ghostfunc._errors import InteractingSamples, UnsupportedUse, interaction
-from ghostfunc._factors import Dense, Factor, Own
+from ghostfunc._factors import Dense, Factor, Later, Own
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._interpreter import Interpreter, Site, Tracked
 from ghostfunc._nesting import functorch_level, own_level, readable, recorded, uncompiled, unrecorded, unwrapped
 from ghostfunc._probe import probe
 from ghostfunc._randomness import RandomState
 from ghostfunc._rules import apply_rule
-from ghostfunc._segments import Segments
 from ghostfunc._sample_axis import Lost, Partition, SampleAxis, samples_of, set_samples
+from ghostfunc._segments import Segments
 
 # How far a sample's loss alone may be from its loss in the batch, by the precision that the model computed in.
 _ALONE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-3}
@@ -200,7 +200,7 @@ def _run(
         result = _backward(mode, losses, want, doubt, level)
     if doubt:
         _check_alone(model_fn, params, batch, range(samples), want, mode, losses.detach(), doubt)
-    elif mode.notes and samples > 1 and readable(losses):
+    elif mode.notes and samples > 1 and level is None and readable(losses):
         _check_alone(model_fn, params, batch, range(samples - 1, samples), want, mode, result.losses, mode.notes[0])
     result.aux = aux
     return result
@@ -481,6 +481,6 @@ def _pull_complex(result: Run, dtype: torch.dtype) -> None:
 def base_factor(result: Run, site: Site, factor: Factor, name: str) -> Factor:
     """The factor of a site as a factor of a parameter: pulled back where the site's tensor is derived from it."""
     tracked = site.tracked
-    if tracked.derivation is None and not isinstance(factor, Own):
+    if tracked.derivation is None and not isinstance(factor, (Own, Later)):
         return factor
     return Dense(result.pull(tracked, name, factor.dense(tracked.real.shape)))

@@ -2,9 +2,9 @@
 
     segments[b, t] = k     position t of row b belongs to sample k; -1 to none
 
-The positions are followed through the operations as samples are, by the same rules, with one difference: where positions
-meet (attention), the result stands at the position of the operand that asks, the first one. A row of an activation then
-belongs to the segment of its row of the batch and its position.
+The positions are followed through the operations as samples are, by the same rules, with one difference: where
+positions meet (attention), the result stands at the position of the operand that asks, the first one. A row of an
+activation then belongs to the segment of its row of the batch and its position.
 """
 
 from __future__ import annotations
@@ -44,19 +44,21 @@ class Segments:
         shapes = ", ".join(str(tuple(t.shape)) for t in leaves if isinstance(t, Tensor))
         if not isinstance(segments, Tensor) or segments.dim() != 2 or segments.is_floating_point():
             got = (
-                f"{segments.dtype} {tuple(segments.shape)}" if isinstance(segments, Tensor) else type(segments).__name__
+                (segments.dtype, tuple(segments.shape)) if isinstance(segments, Tensor) else (type(segments).__name__,)
             )
-            raise ValueError(f"segments: expected integers [B, T], the sample of each position; got {got}.")
+            raise ValueError(
+                f"segments: expected integers [B, T], the sample of each position; got {' '.join(map(str, got))}."
+            )
         if len(segments) != samples or not any(isinstance(t, Tensor) and t.shape[:2] == segments.shape for t in leaves):
             raise ValueError(
-                f"segments of shape {tuple(segments.shape)} fit no tensor of the batch ({shapes}): they give the sample of "
-                "each of its positions, [B, T]."
+                f"segments of shape {tuple(segments.shape)} fit no tensor of the batch ({shapes}): they give the sample "
+                "of each of its positions, [B, T]."
             )
         count = int(segments.max()) + 1
         if count < 1 or int(segments.min()) < -1:
             raise ValueError(
-                f"segments run from {int(segments.min())} to {int(segments.max())}; samples are numbered from 0, and -1 "
-                "stands for positions of none."
+                f"segments run from {int(segments.min())} to {int(segments.max())}; samples are numbered from 0, and "
+                "-1 stands for positions of none."
             )
         return Segments(torch.where(segments < 0, count, segments), count)
 

@@ -33,12 +33,16 @@ class Use(NamedTuple):
         kind: "outer", "gather" or "dense": what `factor` makes.
         factor: `factor(g, samples, *saved)`, the factor of all samples from the grad-output.
         plain: `plain(g, *saved)`, the gradient over all samples, where there is a shorter way than through the factor.
+        ids: for "gather": the ids as they were given.
+        fallback: whether the operation has no rule.
     """
 
     tracked: Tracked | None
     kind: str
     factor: Callable[..., Factor]
     plain: Callable[..., Tensor] | None = None
+    ids: Tensor | None = None
+    fallback: bool = False
 
 
 class Tap(Function):
@@ -81,6 +85,8 @@ def tapped(mode: Interpreter, op: str, out: Tensor, saved: tuple[Tensor, ...], *
     sites: list[Site] = [mode.site(use.tracked, op, use.kind, out) for use in uses]  # type: ignore[arg-type]
     if not sites:
         return out
+    for use, site in zip(uses, sites, strict=True):
+        site.ids, site.fallback = use.ids, use.fallback
     if not mode.nested:
         differentiated = [t for site in sites for t in (site.tracked.real, *site.taps.values())]
         return Tap.apply(out, uses, sites, saved, *differentiated)  # type: ignore[return-value]
