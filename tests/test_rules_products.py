@@ -5,9 +5,13 @@ import torch
 import torch.nn.functional as F
 from cases import Params
 from exact import Spelling, assert_exact, assert_has_rule, built
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import ghostfunc as gf
+
+SIZES = {"c": 1, "d": 2, "e": 3, "f": 2}
 
 
 def einsum(equation: str, x: tuple[int, ...], w: tuple[int, ...]) -> Spelling:
@@ -204,3 +208,44 @@ def test_a_block_for_each_sample(device, monkeypatch):
     model_fn, params, batch = built(Spelling("blocks", body, (3, 4), {"a": (4, 5), "b": (5,)}), device)
     assert_exact(model_fn, params, batch(4, 1), batch(3, 2))
     assert_has_rule(monkeypatch, model_fn, params, batch(4, 1))
+
+
+@st.composite
+def equations(draw: st.DrawFn) -> tuple[str, str, str]:
+    """Letters of data, of a weight (also twice the same), of a result; the samples are `b`, anywhere."""
+    letters = st.lists(st.sampled_from("cdef"), max_size=3, unique=True)
+    data = draw(letters.map(lambda found: [*found, "b"]).flatmap(st.permutations))
+    weight = draw(st.lists(st.sampled_from("cdef"), min_size=1, max_size=3))
+    kept = draw(st.lists(st.sampled_from(sorted({*data, *weight} - {"b"}) or ["b"]), max_size=3, unique=True))
+    return "".join(data), "".join(weight), "".join(draw(st.permutations(sorted({*kept, "b"}))))
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(equations())
+def test_every_einsum(letters):
+    """Any einsum of a weight and data, with the samples anywhere, is exact."""
+    data, weight, output = letters
+    rest = data.replace("b", "")
+
+    def body(p: Params, x: Tensor) -> Tensor:
+        moved = torch.einsum(f"b{rest}->{data}", x)
+        return torch.einsum(f"{data},{weight}->{output}", moved, p["w"]).movedim(output.index("b"), 0)
+
+    shapes = {"w": tuple(SIZES[c] for c in weight)}
+    spelling = Spelling("", body, tuple(SIZES[c] for c in rest), shapes)
+    model_fn, params, batch = built(spelling, torch.device("cpu"))
+    assert not gf.explain(model_fn, params, batch(3, 1)).probe
+    assert_exact(model_fn, params, batch(3, 1), batch(2, 2))
+
+
+@pytest.mark.parametrize("name", ["btd,de->bte", "bthd,hde->bthe", "bilinear, wide", "baddbmm", "inner"])
+def test_products_under_vmap(name, device):
+    """Scores of an ensemble of parameters are those of each."""
+    spelling = next(s for s in SPELLINGS if s.name == name)
+    model_fn, params, batch = built(spelling, device)
+    train, val = batch(3, 1), batch(2, 2)
+    ensemble = {key: torch.stack([p, 0.9 * p + 0.1]) for key, p in params.items()}
+    found = torch.func.vmap(lambda p: gf.ghost_grad_dot(model_fn, p, train, val))(ensemble)
+    for k, dots in enumerate(found):
+        want = gf.ghost_grad_dot(model_fn, {key: p[k] for key, p in ensemble.items()}, train, val)
+        torch.testing.assert_close(dots, want, rtol=1e-10, atol=1e-10)
