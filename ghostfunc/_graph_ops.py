@@ -49,13 +49,13 @@ _tile_stream_op = custom_op(
 
 
 @_tile_stream_op.register_fake
-def _(left, right, given, val_left, val_right, each, want_grad):  # noqa: ANN001, ANN202
+def _(left, right, given, val_left, val_right, each, want_grad):
     k = len(given) if given is not None else len(val_left) if each else 1
-    return left.new_empty(len(left), k), left.new_empty(left.shape[2], right.shape[2]) if want_grad else left.new_empty(0)
+    return left.new_empty(len(left), k), left.new_empty((left.shape[2], right.shape[2]) if want_grad else 0)
 
 
 @register_flop_formula(torch.ops.ghostfunc.tile_stream)
-def _tile_stream_flops(left, right, given, val_left, val_right, each, want_grad, **_: Any) -> int:  # noqa: ANN001
+def _tile_stream_flops(left, right, given, val_left, val_right, each, want_grad, **_: Any) -> int:
     (n, positions, p), q = left, right[2]
     k = given[0] if given is not None else val_left[0] if each else 1
     make = 0 if given is not None else 2 * val_left[0] * val_left[1] * p * q
@@ -105,9 +105,10 @@ def refused(values: Tensor, error: Exception) -> Tensor:
         torchs = str(Path(torch.__file__).parent)
         stack = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(torchs)]
         frames = "".join(traceback.format_list(stack[-3:]))
-        kind, message = "UnsupportedUse", (
-            f"the call cannot be compiled: while torch.compile recorded it, with tensors that have no values yet, came "
-            f"{type(error).__name__}: {message}\nin\n{frames}Call it outside of torch.compile, or write model_fn "
-            "without decisions that depend on values (.item(), if on a tensor, nonzero)."
+        message = (
+            "the call cannot be compiled: while torch.compile recorded it, with tensors that have no values yet, came "
+            f"{kind}: {message}\nin\n{frames}Call it outside of torch.compile, or write model_fn without decisions by "
+            "values (.item(), if on a tensor, nonzero)."
         )
+        kind = "UnsupportedUse"
     return torch.ops.ghostfunc.refuse(values, kind, message, list(getattr(error, "parameters", ())))

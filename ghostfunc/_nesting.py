@@ -76,7 +76,7 @@ def readable(tensor: Tensor) -> bool:
 
 
 def with_values(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A function that computes with values even while a compiler records: what it makes is a constant to the recording."""
+    """A function that computes with values even while a compiler records; what it makes is a constant there."""
 
     @wraps(function)
     def computing(*args: _P.args, **kwargs: _P.kwargs) -> _R:

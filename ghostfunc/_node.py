@@ -1,6 +1,6 @@
 """The node of a compiled graph that a transform's call is: the eager code, recorded with tensors that have no values.
 
-An error of the recording stays in the graph, and the compiled call raises it: Dynamo would raise one of its own instead.
+An error of the recording stays in the graph, and the compiled call raises it: Dynamo would raise its own instead.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch._dynamo
-from torch._guards import detect_fake_mode
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
@@ -20,7 +20,7 @@ from ghostfunc import _transforms as transforms
 from ghostfunc._compile import packed
 from ghostfunc._errors import UnsupportedUse
 from ghostfunc._graph_ops import refused
-from ghostfunc._nesting import readable
+from ghostfunc._nesting import recorded
 
 _objects: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
@@ -69,10 +69,14 @@ def node(
         result = _with_states(lambda: transform(*call.args, **call.kwargs), states)
         return packed(result, call.arguments["has_aux"]) if wraps else result
     except Exception as error:
-        if all(readable(p) for p in params.values()):
+        if not any(map(recorded, params.values())):
             raise
         _forget_unknown_sizes(params)
-        return pytree.tree_map_only(Tensor, lambda t: refused(t, error), _similar(call.arguments, wraps))
+        return _raising(error, _similar(call.arguments, wraps))
+
+
+def _raising(error: Exception, result: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda tensor: refused(tensor, error), result)
 
 
 def _forget_unknown_sizes(params: Mapping[str, Tensor]) -> None:
@@ -95,12 +99,11 @@ class _Around(nn.Module):
 
 def _with_states(function: Callable[[], Any], states: list[tuple[int, dict[str, Tensor]]]) -> Any:
     """Call a function while modules hold the tensors that the graph has as inputs."""
-    for place, state in states:
-        if state:
-            module, inner = _Around(_objects[place]), function
-            swapped = {f"module.{name}": tensor for name, tensor in state.items()}
-            function = lambda inner=inner, module=module, swapped=swapped: functional_call(module, swapped, (inner,))
-    return function()
+    if not states:
+        return function()
+    (place, state), *others = states
+    swapped = {f"module.{name}": tensor for name, tensor in state.items()}
+    return functional_call(_Around(_objects[place]), swapped, (lambda: _with_states(function, others),))
 
 
 def _similar(arguments: Mapping[str, Any], wraps: bool) -> Any:
