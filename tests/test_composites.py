@@ -667,3 +667,23 @@ def test_composes_with_torch_func(name):
         torch.testing.assert_close(slope, (8 * near - far) / 24e-4, rtol=1e-8, atol=1e-10)
         ensemble = {key: torch.stack([p, moved(0.1)[key]]) for key, p in params.items()}
         torch.testing.assert_close(torch.func.vmap(total)(ensemble), torch.stack([total(params), total(moved(0.1))]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lstm", "encoder"])
+def test_compiled(name):
+    """As one graph; Dynamo wants to be told that recurrent layers are allowed."""
+    torch.manual_seed(0)
+    module = nn.LSTM(D, D, batch_first=True) if name == "lstm" else _encoder(1, batch_first=True)
+    built = case(module, lambda m, x: m(x)[0] if name == "lstm" else m(x))
+    model_fn, params, batch = built
+    train, val = batch(4, 1), batch(3, 2)
+    eager = gf.value_and_grad_dot(model_fn, params, train, val)
+    with torch._dynamo.config.patch(allow_rnn=True):
+        step = torch.compile(
+            lambda p, train, val: gf.value_and_grad_dot(model_fn, p, train, val), fullgraph=True, backend="aot_eager"
+        )
+        compiled = step(params, train, val)
+    torch._dynamo.reset()
+    torch.testing.assert_close(compiled.dots, eager.dots, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(compiled.grads, eager.grads, rtol=1e-12, atol=1e-14)
