@@ -385,6 +385,14 @@ def _bilinear(op: Op) -> Samples:
     return agree(op.name, (mixed(op.name) if isinstance(a, SampleAxis) and a.dim == last else a for a in axes))
 
 
+def _matrices(op: Op) -> Samples:
+    """Operations on the last two dimensions of every operand, with batches of matrices in front that broadcast."""
+    axes = [(samples_of(t), t) for t in op.tensors]
+    if any(isinstance(axis, SampleAxis) and axis.dim >= t.dim() - 2 for axis, t in axes):
+        return mixed(op.name)
+    return agree(op.name, (aligned(axis, t, op.out) for axis, t in axes))
+
+
 def _bags(op: Op) -> Samples:
     """embedding_bag: the first dimension of ids `[B, L]`."""
     ids = next(t for t in op.tensors if not t.is_floating_point())
@@ -479,6 +487,9 @@ _RULES: dict[str, Callable[[Op], Samples]] = {
     "cdist": _distances,
     **_rows("linear block_linear", _linear),
     "embedding_bag": _bags,
+    **_rows(
+        "linalg_solve_triangular linalg_inv inverse linalg_cholesky cholesky linalg_matrix_exp matrix_exp", _matrices
+    ),
     "prelu": _prelu,
     **_rows("embedding one_hot", _looked_up),
     **_rows("layer_norm rms_norm", lambda op: _norm_layer(op.name, op.args, op.kwargs)),
@@ -557,8 +568,25 @@ def follow(
 
 
 def _follow_write(tensor: Tensor, samples: Samples) -> None:
-    """Let a tensor that was written to carry its samples, and the tensor that it is a view of lose them."""
+    """Let a tensor that was written to carry its samples, and the tensor that it is a view of too, or lose them."""
+    before = samples_of(tensor)
     set_samples(tensor, samples)
     base = tensor._base
-    if base is not None and samples_of(base) != samples:
+    if base is None or samples == before:  # each entry still belongs to the sample that it did
+        return
+    whole = samples_of(base)
+    if isinstance(samples, SampleAxis) and whole is None:
+        set_samples(base, _seen_in(base, tensor, samples))
+    elif whole != samples:
         set_samples(base, unknown("an in-place operation on a view"))
+
+
+def _seen_in(base: Tensor, view: Tensor, axis: SampleAxis) -> Samples:
+    """The axis of a tensor without data after data was written to a view of it."""
+    along = (view.shape[axis.dim], view.stride(axis.dim))
+    same = [dim for dim in range(base.dim()) if (base.shape[dim], base.stride(dim)) == along]
+    if len(same) == 1:
+        return replace(axis, dim=same[0])
+    if view.numel() == base.numel() and view.is_contiguous() and base.is_contiguous():
+        return row_major("a write to a view", axis, view.shape, base.shape)
+    return unknown("an in-place operation on a view")
