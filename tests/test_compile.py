@@ -1,4 +1,4 @@
-"""torch.compile of a training step that calls ghostfunc: one graph, no recompilation, the same numbers, no use missed."""
+"""torch.compile of a step that calls ghostfunc: one graph, no recompilation, the same numbers, no use missed."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +17,8 @@ import ghostfunc as gf
 from ghostfunc._contract import FromRows, Given, tile_loop
 
 TOLERANCE = 1e-9
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -92,13 +94,14 @@ def check_training(name: str, backend: str, tolerance: float) -> None:
     module = make().double().eval()
     model_fn, params = gf.functionalize(module, loss)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    step = compiled(
-        lambda params, train, val: gf.value_and_grad_dot(model_fn, params, train, val, out="param train"), backend
-    )
+
+    def step(params: Any, train: Any, val: Any) -> gf.ValueAndGradDot:
+        return gf.value_and_grad_dot(model_fn, params, train, val, out="param train")
+
+    run = compiled(step, backend)
     for k in range(3):
         train, val = batch(4, 2 * k), batch(2, 2 * k + 1)
-        found = step(params, train, val)
-        expected = gf.value_and_grad_dot(model_fn, params, train, val, out="param train")
+        found, expected = run(params, train, val), step(params, train, val)
         assert_same(tuple(found), tuple(expected), tolerance)
         assert found.unused == expected.unused
         assert graphs() == 1
@@ -109,7 +112,10 @@ def check_training(name: str, backend: str, tolerance: float) -> None:
         assert all(not torch.equal(before[key], params[key]) for key in params)
 
 
-@pytest.mark.parametrize("name", MODELS)
+SLOW = {"Llama", "Mixtral, experts by index"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in MODELS])
 def test_a_training_step_is_one_graph(name):
     with torch._dynamo.config.patch(error_on_recompile=True):
         check_training(name, "aot_eager", TOLERANCE)
@@ -233,27 +239,30 @@ def test_another_model_is_another_graph():
         return gf.ghost_grad_dot(model_fn, params, train, val)
 
     run = compiled(step)
-    for seed in (0, 1, 0):
+    for seed in (0, 1):
         torch.manual_seed(seed)
         model_fn, params = gf.functionalize(perceptron(), gf.classification_loss)
         train, val = points(5, 0), points(2, 1)
         assert_same(run(model_fn, params, train, val), step(model_fn, params, train, val))
-    assert graphs() == 3
+    assert graphs() == 2
 
 
 def test_another_batch_size_is_recorded_anew():
     model_fn, params = gf.functionalize(perceptron(), gf.classification_loss)
-    step = compiled(lambda p, train, val: gf.ghost_grad_dot(model_fn, p, train, val))
+
+    def step(params: Any, train: Any, val: Any) -> Tensor:
+        return gf.ghost_grad_dot(model_fn, params, train, val)
+
+    run = compiled(step)
     for n, m in ((5, 2), (6, 3), (5, 2)):
-        assert_same(
-            step(params, points(n, n), points(m, m)), gf.ghost_grad_dot(model_fn, params, points(n, n), points(m, m))
-        )
+        train, val = points(n, n), points(m, m)
+        assert_same(run(params, train, val), step(params, train, val))
 
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_compiled_module_runs_as_it_was_written(in_place):
     """The interpreter has to see its operations; the step is what can be compiled."""
-    module = perceptron()
+    module = WithState().double().eval()
     expected = gf.value_and_grad_dot(*gf.functionalize(module, gf.classification_loss), points(5, 0), points(2, 1))
     if in_place:
         module.compile(backend="aot_eager", fullgraph=True)
