@@ -214,7 +214,7 @@ def _product(name: str) -> Rule:
     return rule
 
 
-def added_product(multiply: Callable[..., Tensor]) -> Rule:
+def _added_product(multiply: Callable[..., Tensor]) -> Rule:
     """A product that is added, y = beta * input + alpha * a b."""
 
     def rule(
@@ -257,8 +257,8 @@ PRODUCTS: dict[str, Rule] = {
     "einsum": _einsum,
     "block_linear": _block_linear,
     **{name: _product(name) for name in NAMES},
-    "addmm": added_product(torch.matmul),
-    "addmv": added_product(torch.mv),
-    "baddbmm": added_product(torch.bmm),
+    "addmm": _added_product(torch.matmul),
+    "addmv": _added_product(torch.mv),
+    "baddbmm": _added_product(torch.bmm),
     "bilinear": _bilinear,
 }

@@ -100,6 +100,9 @@ SPELLINGS = [
     Spelling("cdist to samples", lambda p, x: torch.cdist(p["w"], x).T, (4,), {"w": (5, 4)}),
     entries("cosine_similarity", lambda p, x: F.cosine_similarity(x.unsqueeze(2), p["w"], dim=-1), w=(5, 4)),
     entries("cosine_similarity of columns", lambda p, x: F.cosine_similarity(x, p["w"]), w=(3, 1)),
+    entries("triangular solve of data", lambda p, x: torch.linalg.solve_triangular(
+        torch.eye(3, dtype=x.dtype, device=x.device) + (x @ x.mT).tril(-1), x * p["w"], upper=False
+    )),
     entries("rows of a table", lambda p, x: p["w"][signs(x)], w=(16, 2)),
     entries("numbers of a table", lambda p, x: p["w"][signs(x) - 16], w=(16,)),
     entries("one row a sample", lambda p, x: p["w"][signs(x)[:, 0]], w=(16, 2, 3)),
