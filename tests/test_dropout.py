@@ -16,7 +16,7 @@ def network(device: torch.device) -> nn.Module:
     return nn.Sequential(*layers).to(device, torch.float64).train()
 
 
-def gpt2(device: torch.device) -> nn.Module:
+def gpt2(device: torch.device, attention: str = "sdpa") -> nn.Module:
     """GPT-2 with its default dropout of 0.1 everywhere."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -25,7 +25,9 @@ def gpt2(device: torch.device) -> nn.Module:
         n_layer=2, n_head=2, n_embd=8, vocab_size=19, n_positions=8, use_cache=False, bos_token_id=0, eos_token_id=0
     )
     assert config.resid_pdrop == config.embd_pdrop == config.attn_pdrop == 0.1
-    return GPT2LMHeadModel(config).to(device, torch.float64).train()
+    module = GPT2LMHeadModel(config)
+    module.set_attn_implementation(attention)
+    return module.to(device, torch.float64).train()
 
 
 def vectors(n: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:

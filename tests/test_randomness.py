@@ -237,9 +237,7 @@ def module(name: str, device: torch.device) -> nn.Module:
     if name == "network":
         return network(device)
     if name.startswith("gpt2"):
-        made = gpt2(device)
-        made.set_attn_implementation(name.removeprefix("gpt2 "))
-        return made
+        return gpt2(device, name.removeprefix("gpt2 "))
     torch.manual_seed(0)
     made = Recurrent(name == "lstm, batch first") if name.startswith("lstm") else Attending(name == "attention, eager")
     return made.to(device, torch.float64).train()
