@@ -13,6 +13,7 @@ from oracle import assert_dots, assert_dots_by_name, assert_grads, expected, los
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
 import ghostfunc as gf
 
@@ -667,6 +668,20 @@ def test_composes_with_torch_func(name):
         torch.testing.assert_close(slope, (8 * near - far) / 24e-4, rtol=1e-8, atol=1e-10)
         ensemble = {key: torch.stack([p, moved(0.1)[key]]) for key, p in params.items()}
         torch.testing.assert_close(torch.func.vmap(total)(ensemble), torch.stack([total(params), total(moved(0.1))]))
+
+
+@pytest.mark.parametrize("name", ["lstm", "attention"])
+def test_recomputed(name):
+    """Under activation checkpointing, with parameters that are not the module's own."""
+    torch.manual_seed(0)
+    inner = nn.LSTM(D, D, batch_first=True) if name == "lstm" else nn.MultiheadAttention(D, HEADS, batch_first=True)
+
+    def call(m: nn.ModuleList, x: Tensor) -> Tensor:
+        apply = m[1] if name == "lstm" else lambda h: m[1](h, h, h)
+        return checkpoint(lambda h: apply(h)[0], m[0](x), use_reentrant=False)
+
+    model_fn, params, batch = case(nn.ModuleList([nn.Linear(D, D), inner]), call)
+    check(Built(model_fn, {key: 0.7 * p + 0.1 for key, p in params.items()}, batch))
 
 
 @pytest.mark.slow
