@@ -448,7 +448,8 @@ class Interpreter(TorchFunctionMode):
 
     def find(self, tensor: Any) -> Tracked | None:
         """The tracked tensor that a sentinel stands for."""
-        return self._by_id.get(id(tensor)) if isinstance(tensor, Tensor) else None
+        tracked = self._by_id.get(id(tensor)) if isinstance(tensor, Tensor) else None
+        return tracked if tracked is not None and tracked.sentinel is tensor else None
 
     def value(self, tensor: Any) -> Any:
         """What an operation computes with: the values of a tracked tensor; anything else as it is."""
@@ -635,6 +636,7 @@ class Interpreter(TorchFunctionMode):
         now = self.find(anew)
         if now is None:
             return func(*args, **kwargs)
+        del self._by_id[id(now.sentinel)]
         now.sentinel = args[0]
         now.sentinel.data = now.real.detach()
         self._by_id[id(args[0])] = now

@@ -161,7 +161,12 @@ def run(model_fn: ModelFn, params: Mapping[str, Tensor], batch: Any, samples: in
         UnsupportedUse: if a parameter's use is not accounted for.
         InteractingSamples: if a sample's loss depends on another sample.
     """
-    with own_level() as level:
+    if torch.compiler.is_dynamo_compiling():
+        raise UnsupportedUse(
+            "torch.compile records ghost_grad_dot, value_and_grad_dot and ghost_grad_along, and no other call. Make this one "
+            "outside of the compiled function."
+        )
+    with own_level() as level, uncompiled():
         return _run(model_fn, params, batch, samples, want, level)
 
 
@@ -181,9 +186,9 @@ def _run(
             "tell the samples apart. Call it outside of the transform, or use operations that are followed.",
             tuple(params),
         )
-    if doubt and recorded(losses):
+    if recorded(losses) and (doubt or (mode.notes and samples > 1)):
         raise UnsupportedUse(
-            f"{doubt}, and while torch.compile records the call no probe of the backward can tell the samples apart. "
+            f"{doubt or mode.notes[0]}, and while torch.compile records the call no probe of the backward can tell the samples apart. "
             "Call it outside of torch.compile, or use operations that are followed.",
             tuple(params),
         )
@@ -240,9 +245,24 @@ def forward(
         mode.drew_unseen()
     losses, aux = out if want.has_aux else (out, None)
     check_losses(losses, samples, want.batches)
-    doubt = _doubt(losses, mode.sites, samples)
+    losses, without_data = _with_samples(mode, losses, samples)
+    doubt = _doubt(losses, mode.sites, samples) or without_data
     aux = pytree.tree_map_only(Tensor, lambda t: _out(mode.real(t), mode.level if nested else None), aux)
     return mode, mode.real(losses), aux, doubt
+
+
+def _with_samples(mode: Interpreter, losses: Tensor, samples: int) -> tuple[Tensor, str]:
+    """Losses that come from parameters alone as a use of these with data, and why they are doubted; others as they are.
+
+    Features that leave torch and come back are such data: each sample's loss is compared with its loss alone.
+    """
+    if mode.find(losses) is None:
+        return losses, ""
+    ones = losses.detach().new_ones(samples, 1)  # the probe reads rows
+    set_samples(ones, SampleAxis(0, samples))
+    with torch.enable_grad(), mode:
+        losses = torch.squeeze(ones * torch.unsqueeze(losses, 1), 1)
+    return losses, "the losses do not come from the batch by torch operations" if samples > 1 else ""
 
 
 def _check_alone(
