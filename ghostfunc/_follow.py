@@ -335,6 +335,11 @@ def _added_matmul(op: Op) -> Samples:
     return agree(op.name, (aligned(samples_of(first), first, op.out), _matmul(op.name, a, b, op.out)))
 
 
+def _added_blocks(op: Op) -> Samples:
+    first, a, b = op.tensors[:3]
+    return agree(op.name, (aligned(samples_of(first), first, op.out), _einsum(("eni,eij->nj", a, b))))
+
+
 def _linear(op: Op) -> Samples:
     x, weight, *bias = op.tensors
     product = op.axis
@@ -479,7 +484,7 @@ _RULES: dict[str, Callable[[Op], Samples]] = {
     ),
     "rmatmul": lambda op: _matmul(op.name, op.args[1], op.args[0], op.out),
     **_rows("addmm baddbmm", _added_matmul),
-    "addbmm": lambda op: mixed(op.name),
+    "addbmm": _added_blocks,
     "einsum": lambda op: _einsum(op.args),
     **_rows("tensordot inner outer ger", lambda op: _einsum(as_einsum(op.name, op.args, op.kwargs))),
     "addmv": _added_matmul,

@@ -214,7 +214,7 @@ def _product(name: str) -> Rule:
     return rule
 
 
-def _added_product(multiply: Callable[..., Tensor]) -> Rule:
+def _added_product(equation: str) -> Rule:
     """A product that is added, y = beta * input + alpha * a b."""
 
     def rule(
@@ -229,7 +229,7 @@ def _added_product(multiply: Callable[..., Tensor]) -> Rule:
     ) -> Any:
         if is_in_place(func):
             return NO_RULE
-        out = mode.call(multiply, a, b)
+        out = mode.call(torch.einsum, equation, a, b)
         out = out if alpha == 1 else mode.call(torch.mul, out, alpha)
         if beta == 0:  # as torch: what is in the input does not matter then
             return out
@@ -257,8 +257,9 @@ PRODUCTS: dict[str, Rule] = {
     "einsum": _einsum,
     "block_linear": _block_linear,
     **{name: _product(name) for name in NAMES},
-    "addmm": _added_product(torch.matmul),
-    "addmv": _added_product(torch.mv),
-    "baddbmm": _added_product(torch.bmm),
+    "addmm": _added_product("ni,ij->nj"),
+    "addmv": _added_product("ni,i->n"),
+    "addbmm": _added_product("eni,eij->nj"),
+    "baddbmm": _added_product("eni,eij->enj"),
     "bilinear": _bilinear,
 }

@@ -101,6 +101,12 @@ SPELLINGS = [
         {"w": (4, 5), "b": (1, 5)},
     ),
     Spelling(
+        "addbmm",
+        lambda p, x: torch.addbmm(p["b"], x.transpose(0, 1), p["w"], beta=2, alpha=0.5),
+        (3, 4),
+        {"w": (3, 4, 5), "b": (5,)},
+    ),
+    Spelling(
         "baddbmm without its first matrix",
         lambda p, x: torch.baddbmm(p["b"], x, p["w"].expand(len(x), -1, -1), beta=0),
         (3, 4),
