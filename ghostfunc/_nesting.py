@@ -63,7 +63,8 @@ def saved_tensors_are_hooked() -> bool:
 
 def uncompiled() -> AbstractContextManager:
     """What `torch.compile` has made of a module or a function runs as it was written, for the interpreter to see."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    set_stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
+    return set_stance("force_eager") if set_stance and "torch._dynamo" in sys.modules else nullcontext()
 
 
 def readable(tensor: Tensor) -> bool:

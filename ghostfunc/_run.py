@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -96,7 +97,15 @@ class Run:
 
     def sites(self, name: str) -> list[Site]:
         """The sites that contribute to the gradient of a parameter."""
-        return [site for site in (*self.factors, *self.fused) if name in site.tracked.names]
+        return self._by_name.get(name, [])
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[Site]]:
+        found: dict[str, list[Site]] = {}
+        for site in (*self.factors, *self.fused):
+            for name in site.tracked.names:
+                found.setdefault(name, []).append(site)
+        return found
 
     def push(self, tracked: Tracked, name: str, direction: Tensor) -> Tensor:
         """A change of a parameter as a change of a tensor derived from it: the derivation's Jacobian times it."""
@@ -163,8 +172,8 @@ def run(model_fn: ModelFn, params: Mapping[str, Tensor], batch: Any, samples: in
     """
     if torch.compiler.is_dynamo_compiling():
         raise UnsupportedUse(
-            "torch.compile records ghost_grad_dot, value_and_grad_dot and ghost_grad_along, and no other call. Make this one "
-            "outside of the compiled function."
+            "torch.compile records ghost_grad_dot, value_and_grad_dot and ghost_grad_along, and no other call. Make "
+            "this one outside of the compiled function."
         )
     with own_level() as level, uncompiled():
         return _run(model_fn, params, batch, samples, want, level)
@@ -188,8 +197,8 @@ def _run(
         )
     if recorded(losses) and (doubt or (mode.notes and samples > 1)):
         raise UnsupportedUse(
-            f"{doubt or mode.notes[0]}, and while torch.compile records the call no probe of the backward can tell the samples apart. "
-            "Call it outside of torch.compile, or use operations that are followed.",
+            f"{doubt or mode.notes[0]}, and while torch.compile records the call no probe of the backward can tell the "
+            "samples apart. Call it outside of torch.compile, or use operations that are followed.",
             tuple(params),
         )
     for site in mode.sites:

@@ -1,5 +1,7 @@
 """torch.compile of a step that calls ghostfunc: one graph, no recompilation, the same numbers, no use missed."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,11 +16,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo_language import module_of
 
 import ghostfunc as gf
+from ghostfunc._compile import RECORDS
 from ghostfunc._contract import FromRows, Given, tile_loop
 
 TOLERANCE = 1e-9
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.skipif(not RECORDS, reason="this torch is too old"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),  # inductor's own
+]
 
 
 @pytest.fixture(autouse=True)
@@ -369,6 +375,30 @@ def test_a_precondition_is_refused():
 
 def unchanged(direction: dict[str, Tensor]) -> dict[str, Tensor]:
     return direction
+
+
+OTHER_CALL = """
+import torch, ghostfunc as gf
+model_fn, params = gf.functionalize(torch.nn.Linear(4, 3), gf.classification_loss)
+batch = torch.randn(4, 4), torch.tensor([0, 1, 2, 0])
+step = lambda params, batch: gf.ghost_factors(model_fn, params, batch)[1]["weight"][0].g.sum()
+try:
+    torch.compile(step, backend="aot_eager", fullgraph=True)(params, batch)
+except torch._dynamo.exc.Unsupported as error:
+    assert "and no other call" in str(error), error
+else:
+    raise AssertionError("not refused")
+torch._dynamo.reset()
+found = torch.compile(step, backend="aot_eager")(params, batch)
+torch.testing.assert_close(found, step(params, batch))
+"""
+
+
+@pytest.mark.slow
+def test_another_call_is_refused_in_a_full_graph_and_left_outside_of_a_broken_one():
+    """In a process of its own: Dynamo would read the annotation checks that tests put around every function."""
+    done = subprocess.run([sys.executable, "-c", OTHER_CALL], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ---------------------------------------------------------------- the tile stream as an operator
