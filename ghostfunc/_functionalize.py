@@ -73,7 +73,7 @@ def functionalize(
     def model_fn(params: dict[str, Tensor], batch: Any) -> Tensor:
         swapped = {prefix + name: tensor for name, tensor in params.items()}
         swapped |= {prefix + name: buffer.clone() for name, buffer in module.named_buffers()}
-        with _checkpointing(module, lambda: _swapped(wrapper, swapped)), _recurrent_layers_as_they_were(module):
+        with _checkpointing(module, lambda: _swapped(wrapper, swapped)):
             with _swapped(wrapper, swapped):
                 output = wrapper(batch)
             return loss(output, batch)
@@ -82,18 +82,15 @@ def functionalize(
 
 
 @contextmanager
-def _recurrent_layers_as_they_were(module: nn.Module) -> Iterator[None]:
-    """Put back the lists of weights of recurrent layers: `functional_call` leaves the swapped tensors in them."""
-    lists = [(m, m._flat_weights, m._flat_weight_refs) for m in module.modules() if isinstance(m, nn.RNNBase)]
+def _swapped(wrapper: _Call, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """Parameters and buffers in place of the module's own; recurrent layers get their lists of weights back."""
+    lists = [(m, m._flat_weights, m._flat_weight_refs) for m in wrapper.modules() if isinstance(m, nn.RNNBase)]
     try:
-        yield
+        with _reparametrize_module(wrapper, tensors, tie_weights=True, strict=False, stack_weights=True):
+            yield
     finally:
         for layer, weights, references in lists:
             layer._flat_weights, layer._flat_weight_refs = weights, references
-
-
-def _swapped(wrapper: _Call, tensors: dict[str, Tensor]) -> AbstractContextManager:
-    return _reparametrize_module(wrapper, tensors, tie_weights=True, strict=False, stack_weights=True)
 
 
 @contextmanager
