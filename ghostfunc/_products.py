@@ -59,10 +59,14 @@ class Joint:
 
     def plan(self, sites: list[Site]) -> None:
         """Fuse every linear map whose weight, or part of one, has no other use, or only look-ups before it."""
+        by_name: dict[str, list[Site]] = {}
+        for site in sites:
+            for name in site.tracked.names:
+                by_name.setdefault(name, []).append(site)
         for site in sites:
             if site.kind != "outer" or "dots" not in site.taps or site.tracked.root is None:
                 continue
-            others = [s for s in sites if s is not site and _meet(s, site)]
+            others = [s for s in by_name[site.tracked.names[0]] if s is not site and _meet(s, site)]
             look_ups = _look_ups(site)
             if others and (site.tracked.derivation is not None or any(s not in look_ups for s in others)):
                 continue

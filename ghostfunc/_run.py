@@ -171,7 +171,7 @@ def run(model_fn: ModelFn, params: Mapping[str, Tensor], batch: Any, samples: in
         InteractingSamples: if a sample's loss depends on another sample.
     """
     if torch.compiler.is_dynamo_compiling():
-        raise UnsupportedUse(
+        raise RuntimeError(  # the one kind of error that Dynamo can read here
             "torch.compile records ghost_grad_dot, value_and_grad_dot and ghost_grad_along, and no other call. Make "
             "this one outside of the compiled function."
         )
