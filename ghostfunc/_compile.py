@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 import ghostfunc._graph_ops  # noqa: F401  registers what the recorded code calls
-from ghostfunc._errors import UnsupportedUse
 from ghostfunc._functionalize import _Call
 
 RECORDS = torch.__version__ >= (2, 13)  # whether this torch has what it takes; in older ones it was not tested
@@ -39,7 +38,7 @@ def one_node(transform: Callable[_P, _R]) -> Callable[_P, _R]:
 
 def _as_node(name: str, model_fn: Callable, params: Mapping[str, Tensor], *batches: Any, **options: Any) -> Any:
     if not RECORDS:
-        raise UnsupportedUse(f"torch.compile of {name} needs torch 2.13; this is {torch.__version__}. Call it outside.")
+        raise RuntimeError(f"torch.compile of {name} needs torch 2.13; this is {torch.__version__}. Call it outside.")
     from ghostfunc._node import node, remember  # here, for torch._dynamo takes seconds to import
 
     ids = {"model_fn": id(model_fn)}  # id() lets Dynamo guard on the object

@@ -63,8 +63,18 @@ def saved_tensors_are_hooked() -> bool:
 
 def uncompiled() -> AbstractContextManager:
     """What `torch.compile` has made of a module or a function runs as it was written, for the interpreter to see."""
-    set_stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
-    return set_stance("force_eager") if set_stance and "torch._dynamo" in sys.modules else nullcontext()
+    outside = (
+        "torch.compile records ghost_grad_dot, value_and_grad_dot and ghost_grad_along, and no other call. Make this "
+        "one outside of the compiled function."
+    )
+    if torch.compiler.is_dynamo_compiling():
+        raise RuntimeError(outside)
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):  # since torch 2.6
+        return nullcontext()
+    try:
+        return torch.compiler.set_stance("force_eager")
+    except RuntimeError as error:  # between two parts of a compiled function
+        raise RuntimeError(outside) from error
 
 
 def readable(tensor: Tensor) -> bool:

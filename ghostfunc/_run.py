@@ -23,13 +23,14 @@ from ghostfunc._contract import total
 from ghostfunc._errors import InteractingSamples, UnsupportedUse, interaction
 from ghostfunc._factors import Dense, Factor, Later, Own
 from ghostfunc._functionalize import ModelFn
-from ghostfunc._interpreter import Interpreter, Site, Tracked
+from ghostfunc._interpreter import Interpreter
 from ghostfunc._nesting import functorch_level, own_level, readable, recorded, uncompiled, unrecorded, unwrapped
 from ghostfunc._probe import probe
 from ghostfunc._randomness import RandomState
 from ghostfunc._rules import apply_rule
 from ghostfunc._sample_axis import Lost, Partition, SampleAxis, samples_of, set_samples
 from ghostfunc._segments import Segments
+from ghostfunc._sites import Site, Tracked
 
 # How far a sample's loss alone may be from its loss in the batch, by the precision that the model computed in.
 _ALONE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-3}
@@ -170,12 +171,7 @@ def run(model_fn: ModelFn, params: Mapping[str, Tensor], batch: Any, samples: in
         UnsupportedUse: if a parameter's use is not accounted for.
         InteractingSamples: if a sample's loss depends on another sample.
     """
-    if torch.compiler.is_dynamo_compiling():
-        raise RuntimeError(  # the one kind of error that Dynamo can read here
-            "torch.compile records ghost_grad_dot, value_and_grad_dot and ghost_grad_along, and no other call. Make "
-            "this one outside of the compiled function."
-        )
-    with own_level() as level, uncompiled():
+    with uncompiled(), own_level() as level:
         return _run(model_fn, params, batch, samples, want, level)
 
 
