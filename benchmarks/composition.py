@@ -40,13 +40,13 @@ class Subject(NamedTuple):
     val: Any
 
 
-def subject(model: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Subject:
-    """A model of the tests, with padded batches where it reads tokens; in float64 without casts to float32."""
+def subject(model: str, dtype: torch.dtype = torch.float64, padding: str = "right", **changes: Any) -> Subject:
+    """A model of the tests and its batches, padded where they are tokens; in float64 without casts to float32."""
     if model == CONVOLUTIONS:
         case = cases.BY_NAME["convolution"]
     else:
         architecture, options = CONFIGURED[model]
-        case = language.language(architecture, padding="right", **options, **changes)
+        case = language.language(architecture, padding=padding, **options, **changes)
     made = zoo.in_double(case, CPU) if dtype == torch.float64 else case.make(dtype, CPU)
     return Subject(made.model_fn, made.params, made.batch(4, 1), made.batch(3, 2))
 
@@ -101,9 +101,9 @@ def checkpointed(model: str, *, reentrant: bool) -> float:
     return error(dots(s), reference(plain._replace(params=moved(plain.params))))
 
 
-def compiled(model: str) -> float:
+def compiled(model: str, padding: str) -> float:
     """One graph, and none other for other values."""
-    s = subject(model, torch.float32)
+    s = subject(model, torch.float32, padding)
     other = s._replace(params=moved(s.params))
     torch._dynamo.reset()
     step = torch.compile(
@@ -213,7 +213,8 @@ LINES = [
     Line("activation checkpointing, float32", 1e-5, LANGUAGE_MODELS, lambda m: checkpointed(m, reentrant=False)),
     Line("reentrant checkpointing, float32", 1e-5, LANGUAGE_MODELS, lambda m: checkpointed(m, reentrant=True)),
     Line("packed documents, `segments=`", 1e-9, LANGUAGE_MODELS, packed),
-    Line("`torch.compile(fullgraph=True)`, float32, called twice", 1e-5, EVERY_MODEL, compiled),
+    Line("`torch.compile(fullgraph=True)`, float32, called twice", 1e-5, EVERY_MODEL, lambda m: compiled(m, "")),
+    Line("`torch.compile(fullgraph=True)`, padded batches", 1e-5, LANGUAGE_MODELS, lambda m: compiled(m, "right")),
     Line("`torch.func.vmap` over two sets of parameters", 1e-9, EVERY_MODEL, ensemble),
     Line("`torch.func.grad` of the dots in the parameters", 1e-9, EVERY_MODEL, derivative_in_params),
     Line("`torch.func.jvp` of the dots in the parameters", 1e-9, EVERY_MODEL, forward_derivative),

@@ -205,8 +205,10 @@ Each case is a tiny random model in eval mode; the tests run the same table (`te
   (16 wide, 6 positions) the contractions weigh more than in a real model, where the ratio is near 1 (README). Empty
   for modules, some of whose kernels torch's counter does not see."""
 COMPOSITION_INTRODUCTION = """\
-Each line was run on the tiny model. The error is relative, against a loop over single samples that runs under the same
-conditions unless it says otherwise."""
+Each line was run on the tiny model, with padded batches unless it says otherwise. The error is that of the dot products
+(or of their derivatives), relative, against a loop over single samples in the same dtype (activation checkpointing: in
+float64 without it, with parameters that are not the module's; compiled: with `backend="aot_eager"`, the loop is not). *no* stands
+before what is raised instead."""
 
 
 def composed(row: Row) -> str:
