@@ -15,10 +15,10 @@ from ghostfunc._batch import batch_size, cannot_join, join, plain
 from ghostfunc._contract import best_order
 from ghostfunc._factors import Later
 from ghostfunc._functionalize import ModelFn
-from ghostfunc._interpreter import Site
 from ghostfunc._products import Along, Joint
 from ghostfunc._randomness import DrewRandomNumbers, RandomState
 from ghostfunc._run import Want, forward
+from ghostfunc._sites import Site
 from ghostfunc._transforms import Params, match_layers
 
 

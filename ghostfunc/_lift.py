@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ghostfunc._factors import Dense, Factor, Own
-from ghostfunc._interpreter import Interpreter, Tracked
+from ghostfunc._interpreter import Interpreter
 from ghostfunc._operations import op_name
 from ghostfunc._sample_axis import Partition, SampleAxis
+from ghostfunc._sites import Tracked
 from ghostfunc._tap import Use, tapped
 
 _REPEATS = frozenset("expand expand_as broadcast_to repeat tile contiguous clone".split())

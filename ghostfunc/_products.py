@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ghostfunc._contract import FromRows, Given, along, contract_outer, pair, pair_sum, total
 from ghostfunc._factors import Factor, Gather, Outer, Own
-from ghostfunc._interpreter import Site, zero_tap
 from ghostfunc._run import Run
+from ghostfunc._sites import Site, zero_tap
 
 
 @dataclass(frozen=True, eq=False)

@@ -406,7 +406,7 @@ def _backward(mode: Interpreter, losses: Tensor, want: Want, doubt: str, level: 
     result = Run(_out(losses, level), None, {}, mode.tracked, {}, {}, leaves)
     partitions: dict[Site, Partition] = {}
     if doubt:
-        partitions = probe(mode, losses, weights, sites, cotangents, doubt, precision=mode.precision, keep=want.lenient)
+        partitions = probe(mode, losses, weights, sites, cotangents, doubt)
     for site in sites:
         of_site = cotangents[site]
         if site.treatment == "fused":

@@ -51,8 +51,8 @@ class Segments:
             )
         if len(segments) != samples or not any(isinstance(t, Tensor) and t.shape[:2] == segments.shape for t in leaves):
             raise ValueError(
-                f"segments of shape {tuple(segments.shape)} fit no tensor of the batch ({shapes}): they give the sample "
-                "of each of its positions, [B, T]."
+                f"segments of shape {tuple(segments.shape)} fit no tensor of the batch ({shapes}): they give the "
+                "sample of each of its positions, [B, T]."
             )
         count = int(segments.max()) + 1
         if count < 1 or int(segments.min()) < -1:

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ghostfunc._factors import Factor
-from ghostfunc._interpreter import Interpreter, Site, Tracked
+from ghostfunc._interpreter import Interpreter
+from ghostfunc._sites import Site, Tracked
 
 NO_RULE = object()  # what a rule returns for arguments that it does not know
 Rule = Callable[..., Any]  # rule(mode, func, *args, **kwargs) -> the operation's result, or NO_RULE
