@@ -255,6 +255,34 @@ def eps(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
 
+class Noisy(torch.autograd.Function):
+    """The identity, with a backward that rounds in another way each time, as atomic additions do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad * (1 + 2e-7 * torch.rand_like(grad))
+
+
+@pytest.mark.parametrize("mixing", [0.0, 0.01])
+def test_a_backward_that_varies_is_not_mixing(mixing):
+    def model_fn(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        h = Noisy.apply(torch.special.i0e(x @ p["w"]))
+        h = h + mixing * (h.roll(1, 0) - h.roll(1, 0).detach())
+        return ((h * p["scale"]) @ p["v"]).square().sum((1, 2))
+
+    params, x = hidden_model(torch.float32, 9)
+    if mixing:
+        with pytest.raises(gf.InteractingSamples, match="a probe of the backward found samples meeting"):
+            gf.ghost_grad_along(model_fn, params, x, params)
+        return
+    value, scale = dots(per_sample_grads(model_fn, params, x), params)
+    assert ((gf.ghost_grad_along(model_fn, params, x, params).double() - value).abs() <= 1e-6 * scale).all()
+
+
 # ---------------------------------------------------------------- the page
 
 
