@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,6 +133,15 @@ def test_a_training_step_is_one_graph(name):
 def test_a_training_step_through_inductor(name):
     with torch._dynamo.config.patch(error_on_recompile=True):
         check_training(name, "inductor", 1e-7)
+
+
+@pytest.mark.slow
+def test_the_example_of_the_docs():
+    page = (Path(__file__).parents[1] / "docs" / "compile.md").read_text()
+    names: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    expected = gf.value_and_grad_dot(names["model_fn"], names["params"], names["train"], names["val"])
+    assert_same(tuple(names["result"]), tuple(expected), 1e-5)
 
 
 CALLS: dict[str, Callable] = {
