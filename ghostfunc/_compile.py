@@ -8,8 +8,8 @@ parameters and buffers of the modules that `model_fn` closes over). Behind the n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import wraps
-from types import FunctionType
+from functools import partial, wraps
+from types import FunctionType, MethodType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import ghostfunc._graph_ops  # noqa: F401  registers what the recorded code calls
 from ghostfunc._functionalize import _Call
 
-RECORDS = torch.__version__ >= (2, 13)  # whether this torch has what it takes; in older ones it was not tested
+RECORDS = torch.__version__ >= "2.13"  # whether this torch has what it takes; in older ones it was not tested
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -41,20 +41,23 @@ def _as_node(name: str, model_fn: Callable, params: Mapping[str, Tensor], *batch
         raise RuntimeError(f"torch.compile of {name} needs torch 2.13; this is {torch.__version__}. Call it outside.")
     from ghostfunc._node import node, remember  # here, for torch._dynamo takes seconds to import
 
-    ids = {"model_fn": id(model_fn)}  # id() lets Dynamo guard on the object
+    if isinstance(model_fn, (MethodType, partial)):
+        raise RuntimeError(
+            "model_fn is a bound method or a partial, on which torch.compile cannot guard. Pass a function, or an "
+            "object with __call__, made outside of the compiled function."
+        )
+    place = id(model_fn)  # lets Dynamo guard on the object
     remember(model_fn)
-    for key in ("layers", "precondition"):
-        function = options.get(key)
-        if callable(function):
-            ids[key] = id(function)
-            remember(function)
-            del options[key]
+    layers = options.get("layers", "")
+    if callable(layers):
+        options["layers"] = tuple([key for key in params if layers(key)])
+    preconditioned = options.pop("precondition", None) is not None
     modules = _modules_behind(model_fn)
     for module in modules:
         remember(module)
     states = [(id(module), _state(module, params)) for module in modules]
     modes = tuple([part.training for module in modules for part in module.modules()])
-    result = node(name, ids, modes, states, params, batches, options)
+    result = node(name, place, modes, states, params, batches, options, preconditioned)
     return _unpacked(result, options.get("has_aux", False)) if name == "value_and_grad_dot" else result
 
 

@@ -34,34 +34,37 @@ def remember(value: Any) -> None:
 @torch._dynamo.nonstrict_trace
 def node(
     name: str,
-    ids: Mapping[str, int],
+    place: int,
     modes: tuple[bool, ...],
     states: list[tuple[int, dict[str, Tensor]]],
     params: Mapping[str, Tensor],
     batches: tuple[Any, ...],
     options: dict[str, Any],
+    preconditioned: bool,
 ) -> Any:
     """A transform's call.
 
     Args:
         name: the transform's name.
-        ids: of each function among the arguments.
+        place: the id of `model_fn`.
         modes: whether each module is in training mode; here so that a change is recorded anew.
         states: for each module behind `model_fn`, its id and its tensors that are not in `params`, by name.
         params: parameters by name.
         batches: the transform's other positional arguments.
-        options: its keyword arguments.
+        options: its keyword arguments, layers as a tuple of names where they were given by a function.
+        preconditioned: whether there is a precondition, which is not among the options.
 
     Returns:
         What the transform returns, packed. If it fails while a compiler records it, tensors that raise.
     """
     transform = getattr(transforms, name).__wrapped__
-    functions = {key: _objects[value] for key, value in ids.items()}
-    call = inspect.signature(transform).bind(functions.pop("model_fn"), params, *batches, **options, **functions)
+    if isinstance(options.get("layers"), tuple):
+        options = {**options, "layers": frozenset(options["layers"]).__contains__}
+    call = inspect.signature(transform).bind(_objects[place], params, *batches, **options)
     call.apply_defaults()
     wraps = name == "value_and_grad_dot"
     try:
-        if call.arguments.get("precondition") is not None:
+        if preconditioned:
             raise UnsupportedUse(
                 "precondition reads the state of an optimizer, which a compiled graph would keep as it was. Make the "
                 "direction outside of torch.compile, and pass it to ghost_grad_along."

@@ -151,14 +151,12 @@ CALLS: dict[str, Callable] = {
     "sum over val, keywords": lambda f, p, train, val: gf.ghost_grad_dot(
         model_fn=f, params=p, train=train, val=val, reduction="sum", dtype=torch.float64
     ),
-    "layers by a function": lambda f, p, train, val: gf.ghost_grad_dot(f, p, train, val, layers=is_weight),
+    "layers by a function": lambda f, p, train, val: gf.ghost_grad_dot(
+        f, p, train, val, layers=lambda name: name.endswith("weight")
+    ),
     "along the parameters": lambda f, p, train, val: gf.ghost_grad_along(f, p, train, p, out="param sample"),
     "a backward for each sample": lambda f, p, train, val: gf.ghost_grad_dot(f, p, train, val, on_unsupported="dense"),
 }
-
-
-def is_weight(name: str) -> bool:
-    return name.endswith("weight")
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
@@ -383,6 +381,18 @@ def test_a_precondition_is_refused():
         step(params, points(4, 0), points(2, 1))
 
 
+def test_a_bound_method_is_refused():
+    model_fn, params = gf.functionalize(perceptron(), gf.classification_loss)
+
+    class Holder:
+        def losses(self, params: Any, batch: Any) -> Tensor:
+            return model_fn(params, batch)
+
+    holder = Holder()
+    with pytest.raises(RuntimeError, match="bound method"):
+        compiled(lambda p, a, b: gf.ghost_grad_dot(holder.losses, p, a, b))(params, points(4, 0), points(2, 1))
+
+
 def unchanged(direction: dict[str, Tensor]) -> dict[str, Tensor]:
     return direction
 
@@ -434,7 +444,7 @@ def streamed(params: Any, x: Tensor) -> Tensor:
 
 def test_the_graph_has_the_tile_stream_as_one_operator():
     from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._functorch._aot_autograd.utils import make_boxed_func
 
     recorded = []
 
