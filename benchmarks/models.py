@@ -206,16 +206,17 @@ Each case is a tiny random model in eval mode; the tests run the same table (`te
   for modules, some of whose kernels torch's counter does not see."""
 COMPOSITION_INTRODUCTION = """\
 Each line was run on the tiny model, with padded batches unless it says otherwise. The error is that of the dot products
-(or of their derivatives), relative, against a loop over single samples in the same dtype (activation checkpointing: in
-float64 without it, with parameters that are not the module's; compiled: with `backend="aot_eager"`, the loop is not). *no* stands
-before what is raised instead."""
+(or of their derivatives), relative, against a loop over single samples in the same dtype. Activation checkpointing is
+held to a loop in float64 without it, with parameters that are not the module's; compiled is with
+`backend="aot_eager"`, against the eager loop. *no* stands before what is raised instead."""
 
 
 def composed(row: Row) -> str:
     if "raised" in row:
         outcome = f"no: {row['raised']}"
     else:
-        outcome = f"{'exact' if row['error'] < row['tolerance'] else 'WRONG'}, {row['error']:.0e}"
+        right = "yes" if row["error"] < row["tolerance"] else "WRONG"
+        outcome = f"{right}: error {row['error']:.0e}, at most {row['tolerance']:.0e} allowed"
     return f"| {row['what']} | {row['model']} | {outcome} |"
 
 
