@@ -136,6 +136,7 @@ def coverage(case: Any) -> Row:
         "tensors": len(params),
         "counted": sum(bool(of_parameter) for of_parameter in plan.uses.values()),
         "factors": factors,
+        "fallback": plan.coverage.get("fallback", 0.0),
         "probe": plan.probe,
     }
 
@@ -158,13 +159,13 @@ def by_rule(factors: dict[str, dict[str, int]]) -> str:
 
 def line(name: str, row: Row) -> str:
     if "raised" in row:
-        return f"| {name} | no: {row['raised']} | | | | |"
+        return f"| {name} | no: {row['raised']} | | | | | |"
     counted = f"{row['counted']} of {row['tensors']}"
+    fallback = f"{row['fallback']:.1%}" if row["fallback"] else ""
     flops = "" if row["flops"] is None else f"{row['flops']:.2f}"
-    return (
-        f"| {name} | {counted} | {by_rule(row['factors'])} | {'yes' if row['probe'] else ''} | {row['error']:.0e} | "
-        f"{flops} |"
-    )
+    probe = "yes" if row["probe"] else ""
+    cells = [name, counted, by_rule(row["factors"]), fallback, probe, f"{row['error']:.0e}", flops]
+    return f"| {' | '.join(cells)} |"
 
 
 def page(results: dict[str, Any]) -> str:
@@ -182,7 +183,7 @@ def page(results: dict[str, Any]) -> str:
     for heading, section in results["sections"].items():
         blocks.append(f"## {heading}")
         lines = [line(name, row) for name, row in section.items()]
-        blocks.append("\n".join([COLUMNS, "|---|---|---|---|---|---|", *lines]))
+        blocks.append("\n".join([COLUMNS, "|---|---|---|---|---|---|---|", *lines]))
     blocks += ["## What composes with what", COMPOSITION_INTRODUCTION]
     blocks.append(
         "\n".join(["| with | model | outcome |", "|---|---|---|", *(composed(row) for row in results["composition"])])
@@ -190,7 +191,7 @@ def page(results: dict[str, Any]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-COLUMNS = "| case | parameters counted | uses by factor and operation | probe | error | FLOPs |"
+COLUMNS = "| case | parameters counted | uses by factor and operation | fallback | probe | error | FLOPs |"
 INTRODUCTION = """\
 Each case is a tiny random model in eval mode; the tests run the same table (`tests/test_zoo.py`).
 
@@ -198,6 +199,8 @@ Each case is a tiny random model in eval mode; the tests run the same table (`te
   influence the losses; a use that nothing accounts for is an error, not a row.
 - *uses by factor and operation*: how many uses of parameters each operation has, and what their per-sample gradients
   are kept as.
+- *fallback*: the share of the parameters' entries with a use that has no rule: exact, by a backward of that operation
+  for each sample.
 - *probe*: a second backward told the samples apart, because an operation is not known to keep them apart.
 - *error*: the largest relative error of any parameter against a loop over single samples: dot products, training
   gradient, matrix of pairs, per-sample gradients.
