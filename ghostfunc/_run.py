@@ -418,7 +418,7 @@ def _backward(mode: Interpreter, losses: Tensor, want: Want, doubt: str, level: 
             samples = partitions.get(site) if doubt or not used else site.partition()
             factor = None if samples is None else site.factor(of_site, samples)
             if factor is not None:
-                result.factors[site] = _factor_out(factor, level)
+                result.factors[site] = factor
 
     if want.grads:
         count = len(leaves)
@@ -441,6 +441,8 @@ def _backward(mode: Interpreter, losses: Tensor, want: Want, doubt: str, level: 
         )
     if from_factors:  # factors of parameters that only the gradient needed
         result.factors = {s: f for s, f in result.factors.items() if any(n in want.factors for n in s.tracked.names)}
+    result.factors = {site: _factor_out(factor, level) for site, factor in result.factors.items()}
+    result.grads = {name: _out(grad, level) for name, grad in result.grads.items()}
     return result
 
 
