@@ -188,6 +188,7 @@ def page(results: dict[str, Any]) -> str:
     blocks.append(
         "\n".join(["| with | model | outcome |", "|---|---|---|", *(composed(row) for row in results["composition"])])
     )
+    blocks += ["## Not in the tables", NOT_COVERED]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -207,6 +208,13 @@ Each case is a tiny random model in eval mode; the tests run the same table (`te
 - *FLOPs*: `value_and_grad_dot` of 4 train and 1 validation samples over a plain step on the 5 together. At these sizes
   (16 wide, 6 positions) the contractions weigh more than in a real model, where the ratio is near 1 (README). Empty
   for modules, some of whose kernels torch's counter does not see."""
+NOT_COVERED = """\
+- Flex attention: torch has no backward of it on a CPU.
+- `sdpa` with Gemma 2, BLOOM and MPT: transformers has none for them.
+- The grouped product of experts in float64: torch's kernel has no float64, and the table runs the operator that
+  transformers takes in its place. `tests/test_zoo.py` holds the kernel itself, in float32, to experts in a loop.
+- RWKV and RecurrentGemma padded on the left: their states read the padding, whatever computes the gradients.
+- Auxiliary losses over the batch, such as a router's load balancing: the samples interact, and the call is refused."""
 COMPOSITION_INTRODUCTION = """\
 Each line was run on the tiny model, with padded batches unless it says otherwise. The error is that of the dot products
 (or of their derivatives), relative, against a loop over single samples in the same dtype. Activation checkpointing is
