@@ -57,8 +57,9 @@ def unrecorded() -> AbstractContextManager:
 
 
 def saved_tensors_are_hooked() -> bool:
-    """Whether what autograd saves goes through hooks: activation checkpointing, or offloading."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # pyright: ignore[reportAttributeAccessIssue]
+    """Whether what autograd saves goes through hooks: activation checkpointing, offloading, or a torch that can't tell."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # pyright: ignore[reportAttributeAccessIssue]
+    return top is None or top(False) is not None
 
 
 def uncompiled() -> AbstractContextManager:

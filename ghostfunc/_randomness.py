@@ -91,8 +91,8 @@ class RandomState:
 def _refuse_while_recorded() -> None:
     if torch.compiler.is_compiling():
         raise UnsupportedUse(
-            "the same random numbers are needed again, and a compiled graph would draw others: a parameter goes through "
-            "an operation that draws, or randomness='same' through one that is no dropout. Call it outside of "
+            "the same random numbers are needed again, and a compiled graph would draw others: a parameter goes "
+            "through an operation that draws, or randomness='same' through one that is no dropout. Call it outside of "
             "torch.compile, or put the model in eval mode (module.eval())."
         )
 
