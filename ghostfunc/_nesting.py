@@ -57,7 +57,7 @@ def unrecorded() -> AbstractContextManager:
 
 
 def saved_tensors_are_hooked() -> bool:
-    """Whether what autograd saves goes through hooks: activation checkpointing, offloading, or a torch that can't tell."""
+    """Whether what autograd saves goes through hooks: checkpointing, offloading, or a torch that does not tell."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # pyright: ignore[reportAttributeAccessIssue]
     return top is None or top(False) is not None
 
