@@ -37,9 +37,12 @@ smollm2: setup
 test: lint
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
 
-# The same tests with the oldest packages that pyproject.toml admits: 5 GB on disk, so not a part of CI.
+# The same tests with the oldest packages that pyproject.toml admits: 5 GB on disk, so not a part of CI. What is left out
+# fails in these packages themselves, without ghostfunc (docs/versions.md).
+FAILS_THERE := grouped_mm or Mpt or (Mamba2 and padded) or (swin and padded) or (gradient_that_cancels and float16)
 test-oldest: $(OLDEST)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal --ignore tests/test_packaging.py
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal --ignore tests/test_packaging.py \
+		-W 'ignore:`torch.cpu.amp:FutureWarning' -k 'not ($(FAILS_THERE))'
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(SYSTEM_PYTHON) -m venv --clear $(OLDEST)
