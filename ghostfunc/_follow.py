@@ -533,7 +533,7 @@ def follow(
         notes: takes why integers of the whole batch decided what a sample goes through.
     """
     name = op_name(func)
-    mark_enumeration(name, args, out)
+    mark_enumeration(func, name, args, out)
     tensors = tensors_in(args) + tensors_in(kwargs.values())
     if name in LIKE_ANOTHER:
         tensors = tensors[:1]

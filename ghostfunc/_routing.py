@@ -17,23 +17,43 @@ from torch import Tensor
 
 from ghostfunc._axis_algebra import Op, agree, aligned, argument, ints, mixed, unknown
 from ghostfunc._nesting import readable
+from ghostfunc._operations import is_in_place
 from ghostfunc._sample_axis import Lost, SampleAxis, Samples, samples_of, scattered, set_samples
 
 _ENUMERATES = "_ghost_enumerates"  # marks the result of arange(n)
+_SAME_ORDER = frozenset("getitem view reshape unsqueeze squeeze flatten to long contiguous clone".split())
 
 
-def mark_enumeration(name: str, args: Sequence[Any], out: Any) -> None:
-    """Remember that a tensor is arange(n), which a compiler's tensors do not tell by their values."""
-    if name == "arange" and isinstance(out, Tensor) and len(ints(args)) == 1:
+def mark_enumeration(func: Callable, name: str, args: Sequence[Any], out: Any) -> None:
+    """Remember that a tensor holds arange(n), which a compiler's tensors do not tell by their values."""
+    if args and (is_in_place(func) or name == "setitem") and hasattr(args[0], _ENUMERATES):
+        delattr(args[0], _ENUMERATES)
+    elif isinstance(out, Tensor) and (
+        len(ints(args)) == 1 if name == "arange" else name in _SAME_ORDER and _same_numbers(name, args, out)
+    ):
         setattr(out, _ENUMERATES, True)
+
+
+def _same_numbers(name: str, args: Sequence[Any], out: Tensor) -> bool:
+    """Whether a result holds the numbers of an enumeration, in order, along other dimensions."""
+    if not args or not getattr(args[0], _ENUMERATES, False) or out.numel() != args[0].numel():
+        return False
+    index = args[1] if name == "getitem" else None
+    items = index if isinstance(index, tuple) else (index,)
+    return all(item is None or item is Ellipsis or isinstance(item, slice) for item in items)
+
+
+def _enumerated(axis: SampleAxis, index: Tensor) -> int | None:
+    """The dimension along which an index is arange(samples), each sample in its place; None where it is another."""
+    if axis.outer * axis.inner != 1 or axis.owners is not None or index.numel() != axis.samples:
+        return None
+    long = [dim for dim, size in enumerate(index.shape) if size == axis.samples]
+    return long[0] if long and getattr(index, _ENUMERATES, False) else None
 
 
 def _owners(op: Op, axis: SampleAxis, index: Tensor) -> Tensor | Lost:
     """The owner of each entry that an integer tensor picks along the samples' dimension, in the index's shape."""
     if not readable(index):
-        whole = axis.outer * axis.inner == 1 and axis.owners is None
-        if whole and index.numel() == axis.samples and getattr(index, _ENUMERATES, False):
-            return torch.arange(axis.samples)
         return unknown(op.name)
     owners = axis.of_index().to(index.device)[index]
     carried = samples_of(index)
@@ -125,7 +145,10 @@ def _getitem(op: Op) -> Samples:
         if isinstance(item, Tensor):
             if start is None:
                 start, target = target, target + len(shape)
-            if here:
+            dim = _enumerated(axis, item) if here else None  # type: ignore[arg-type]
+            if dim is not None:
+                found.append(SampleAxis(start + len(shape) - item.dim() + dim, item.numel()))
+            elif here:
                 owners = _owners(op, axis, item)  # type: ignore[arg-type]
                 if isinstance(owners, Tensor):
                     owners = owners.expand(shape) if readable(item) else owners

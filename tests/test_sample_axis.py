@@ -251,3 +251,27 @@ def test_meeting_samples_are_called_so(name):
     assert isinstance(claim, Lost)
     assert claim.mixed
     assert "`" in claim.reason
+
+
+def test_enumerations_are_what_they_were_made() -> None:
+    """An index that was arange(B) and was written to, or picked anew, is no longer."""
+    x = inputs((B, 3))
+    places = torch.randperm(B, generator=torch.Generator().manual_seed(3))
+
+    def written(x: Tensor) -> Tensor:
+        index = torch.arange(B)
+        index += 1
+        return x[index % B, 0]
+
+    def assigned(x: Tensor) -> Tensor:
+        index = torch.arange(B)[:, None]
+        index[0], index[1] = 1, 0
+        return x[index, torch.arange(3)]
+
+    for body in (
+        written,
+        assigned,
+        lambda x: x[torch.arange(B)[places], 1],
+        lambda x: x[torch.arange(B)[:, None], [0]],
+    ):
+        assert isinstance(check_claim(body, x), SampleAxis)
