@@ -161,4 +161,3 @@ class Later:
 
 
 Factor = Outer | Gather | Dense | Own | Later
-
