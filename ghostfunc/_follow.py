@@ -299,7 +299,9 @@ def _repeated(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Tenso
             return axis if isinstance(times, int) or samples_of(times) is None else unknown(name)
         if not isinstance(times, int) and not readable(times):
             return unknown(name)
-        return scattered(axis.dim, axis.samples, axis.of_index().repeat_interleave(times))
+        owners = axis.of_index()
+        times = times if isinstance(times, int) else times.to(owners.device)
+        return scattered(axis.dim, axis.samples, owners.repeat_interleave(times))
     dim = axis.dim + out.dim() - tensor.dim()
     return scattered(dim, axis.samples, axis.of_index().repeat(out.shape[dim] // axis.size))
 

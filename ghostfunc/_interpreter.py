@@ -293,9 +293,11 @@ class Interpreter(TorchFunctionMode):
         to_data = name == "setitem" and self.find(args[0]) is None and samples_of(args[0]) is not None
         in_place = (is_in_place(func) and name not in _WRITES) or (name == "setitem" and not to_data)
         writes = in_place or kwargs.get("out") is not None
+        target = self.find(kwargs["out"] if kwargs.get("out") is not None else args[0] if args else None)
+        if target is not None and (writes or is_in_place(func)) and self._is_memory_of_a_parameter(target):
+            self._refuse_write(name, target)
         if not writes or not torch.is_grad_enabled():
             return ""
-        target = self.find(args[0]) if args and kwargs.get("out") is None else None
         if target is not None and target.derivation is not None and all(samples_of(t) is None for t in tensors):
             return ""
         return f"by `{name}`, which writes to a tensor"
@@ -366,14 +368,7 @@ class Interpreter(TorchFunctionMode):
         written = self.find(args[0])
         if written is None:
             return func(*args, **kwargs)  # on the sentinels: the backward will find them
-        shared = self._in_the_same_memory(written)
-        if any(t.derivation is None for t in (written, *shared)):
-            raise UnsupportedUse(
-                f"{', '.join(written.names)}: `{op_name(func)}` writes to a parameter, or a view of one, of shape "
-                f"{tuple(written.real.shape)}. Write to a copy (clone()).",
-                written.names,
-            )
-        for other in shared:
+        for other in self._in_the_same_memory(written):
             other.stale = f"`{op_name(func)}` wrote to a view of it"
 
         def on_a_copy(first: Tensor, *more: Any, **kwargs: Any) -> Tensor:
@@ -392,6 +387,16 @@ class Interpreter(TorchFunctionMode):
         now.sentinel.data = now.real.detach()
         self._by_id[id(args[0])] = now
         return args[0]
+
+    def _is_memory_of_a_parameter(self, written: Tracked) -> bool:
+        return any(t.derivation is None for t in (written, *self._in_the_same_memory(written)))
+
+    def _refuse_write(self, name: str, written: Tracked) -> None:
+        raise UnsupportedUse(
+            f"{', '.join(written.names)}: `{name}` writes to a parameter, or a view of one, of shape "
+            f"{tuple(written.real.shape)}. Write to a copy (clone()).",
+            written.names,
+        )
 
     def _in_the_same_memory(self, written: Tracked) -> list[Tracked]:
         storage = written.real.untyped_storage().data_ptr()

@@ -133,7 +133,7 @@ class SampleAxis:
         if self.samples == 1:
             return tensor
         if self.owners is not None:
-            return tensor * (self.owners == sample).view(-1, *(1,) * (tensor.dim() - self.dim - 1))
+            return tensor * (self.owners.to(tensor.device) == sample).view(-1, *(1,) * (tensor.dim() - self.dim - 1))
         kept = torch.zeros_like(tensor, memory_format=torch.contiguous_format)
         self.split(kept)[sample] = self.split(tensor)[sample]
         return kept

@@ -290,3 +290,31 @@ def test_a_number_among_the_tensors_of_a_batch() -> None:
     model_fn, params, train, val = of_rows(lambda p, x: x @ p["w"], w=(4, 5))
     with pytest.raises(ValueError, match=r"train(.|\n)*\['scale'\]: \(\)"):
         gf.ghost_grad_dot(model_fn, params, {**train, "scale": torch.tensor(2.0)}, val)
+
+
+def _scaled_without_grad(p: Params, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        p["w"].mul_(2)
+    return (x @ p["w"]).sum(1)
+
+
+def _row_of_data(p: Params, x: Tensor) -> Tensor:
+    p["w"][0] = x[0]
+    return (x @ p["w"]).sum(1)
+
+
+def _through_a_view(p: Params, x: Tensor) -> Tensor:
+    p["w"].view(16).mul_(2)
+    return (x @ p["w"]).sum(1)
+
+
+@pytest.mark.parametrize("model_fn", [_scaled_without_grad, _row_of_data, _through_a_view])
+@pytest.mark.parametrize("on_unsupported", ["raise", "dense"])
+def test_a_write_to_a_parameter_is_refused_and_leaves_it_alone(model_fn, on_unsupported):
+    params = {"w": torch.randn(4, 4).double()}
+    before = params["w"].clone()
+    with pytest.raises(
+        gf.UnsupportedUse, match=r"w: `\w+` writes to a parameter, or a view of one, of shape \(.*clone"
+    ):
+        gf.ghost_grad_along(model_fn, params, torch.randn(5, 4).double(), params, on_unsupported=on_unsupported)
+    assert torch.equal(params["w"], before)
