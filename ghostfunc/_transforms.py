@@ -134,7 +134,10 @@ def _arranged(columns: dict[str, Tensor], axes: _Axes, scale: int) -> Dots:
 
 def _product_columns(products: Products, result: Run, names: frozenset[str]) -> dict[str, Tensor]:
     with unrecorded(), torch.autocast(result.losses.device.type, enabled=False):
-        return {name: products.products(result, name) for name in result.leaves if name in names}
+        columns = {name: products.products(result, name) for name in result.leaves if name in names}
+    for site in result.fused:
+        site.fused_right = None
+    return columns
 
 
 class _Call(NamedTuple):
