@@ -167,10 +167,8 @@ class Interpreter(TorchFunctionMode):
         self._by_id[id(tracked.sentinel)] = tracked
         return tracked
 
-    def site(self, tracked: Tracked | None, op: str, kind: str, out: Tensor) -> Site | None:
+    def site(self, tracked: Tracked, op: str, kind: str, out: Tensor) -> Site:
         """A site for a use of a tracked tensor with taps for its result, of which `out` shows the shape and dtype."""
-        if tracked is None:
-            return None
         dtype = torch.promote_types(self.dtype, tracked.real.dtype) if tracked.real.is_complex() else self.dtype
         site = Site(tracked, op, kind, dtype=dtype)
         site.width = out.shape[-1] if out.dim() else 1

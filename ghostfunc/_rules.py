@@ -29,7 +29,7 @@ from ghostfunc._rules_norm import NORMS
 from ghostfunc._rules_pointwise import POINTWISE
 from ghostfunc._rules_products import PRODUCTS
 from ghostfunc._sample_axis import Lost, Partition, samples_of
-from ghostfunc._tap import NO_RULE, Rule, Use, tapped
+from ghostfunc._tap import NO_RULE, Rule, Use, as_autocast, tapped
 
 # ---------------------------------------------------------------- linear maps
 
@@ -40,8 +40,7 @@ def _affine(mode: Interpreter, op: str, x: Tensor, weight: Tensor, bias: Tensor 
         return NO_RULE
     if weight.dim() != 2 or weight.is_complex() or x.is_complex():
         return NO_RULE
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))  # the factor's activation is the one that the product saw
+    x = as_autocast(x)
     matrix = mode.value(weight)
     out = F.linear(x, matrix.t() if transposed else matrix, None if bias is None else mode.value(bias))
     tracked = mode.find(weight)

@@ -20,7 +20,7 @@ from ghostfunc._factors import Dense, Factor, Outer
 from ghostfunc._interpreter import Interpreter
 from ghostfunc._operations import op_name
 from ghostfunc._sample_axis import Partition, RowMap, SampleAxis, samples_of
-from ghostfunc._tap import NO_RULE, Rule, Use, tapped
+from ghostfunc._tap import NO_RULE, Rule, Use, as_autocast, tapped
 
 _DENSE_BYTES = 64 << 20
 
@@ -107,8 +107,7 @@ def _convolved(
         return NO_RULE
     if grouped and batched and mode.find(weight) is not None and _better_apart(x, kernel, mode.dtype):
         return _by_group(mode, func, x, weight, bias, settings)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = as_autocast(x)
     x = x if batched else x.unsqueeze(0)
     out = func(x, mode.value(weight), mode.value(bias), **settings).movedim(1, -1)  # [N, *L, C_out]
 

@@ -69,6 +69,13 @@ class Tap(Function):
         return grad, None, None, None, *values
 
 
+def as_autocast(x: Tensor) -> Tensor:
+    """A factor's activation as the product sees it, which autocast would cast: all dtypes but float64."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
 def tapped(mode: Interpreter, op: str, out: Tensor, saved: tuple[Tensor, ...], *uses: Use) -> Tensor:
     """The result of an operation with a tap behind it for each tracked tensor that the operation used.
 
@@ -83,11 +90,14 @@ def tapped(mode: Interpreter, op: str, out: Tensor, saved: tuple[Tensor, ...], *
         The result, as `model_fn` is to see it.
     """
     uses = tuple(use for use in uses if use.tracked is not None)
-    sites: list[Site] = [mode.site(use.tracked, op, use.kind, out) for use in uses]  # type: ignore[arg-type]
-    if not sites:
+    if not uses:
         return out
-    for use, site in zip(uses, sites, strict=True):
+    sites: list[Site] = []
+    for use in uses:
+        assert use.tracked is not None
+        site = mode.site(use.tracked, op, use.kind, out)
         site.ids, site.fallback = use.ids, use.fallback
+        sites.append(site)
     if not mode.nested:
         differentiated = [t for site in sites for t in (site.tracked.real, *site.taps.values())]
         return Tap.apply(out, uses, sites, saved, *differentiated)  # type: ignore[return-value]
