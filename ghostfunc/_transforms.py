@@ -274,6 +274,9 @@ def _two_phase(
     else:
         weights = torch.full((m,), 1.0 / m if reduction == "mean" else 1.0, dtype=torch.float64, device=device)
         first = call.run(val, m, train=m, grads=True, weights=weights, dropout=False, batches=(("val", m),))
+        if getattr(precondition, "about_train_gradient", False):
+            before.restore()
+            return _about_train_gradient(call, first, train, n, axes, precondition, grads, segments)
         direction = first.grads if precondition is None else precondition(first.grads)
         products = Along(call.names, units, _one_direction(direction, call), 1)
     before.restore()
@@ -286,6 +289,39 @@ def _two_phase(
         columns = {name: dots[: segments.count] for name, dots in columns.items()}
     dots = _arranged(columns, axes, n if grads else 1)
     return _values(result, result.losses, first.losses, dots), result.aux
+
+
+def _about_train_gradient(
+    call: _Call,
+    first: Run,
+    train: Any,
+    n: int,
+    axes: _Axes,
+    precondition: Any,
+    grads: bool,
+    segments: Segments | None,
+) -> tuple[ValueAndGradDot, Any]:
+    """The direction depends on the mean train gradient: one run of the train rows, its factors kept until it is known."""
+    units = n if segments is None else segments.count + 1
+    device = next(iter(call.params.values())).device
+    weights = torch.full((n,), 1.0 / n, dtype=torch.float64, device=device)
+    result = call.run(
+        train,
+        n,
+        train=units,
+        grads=True,
+        weights=weights,
+        factors=call.names,
+        batches=(("train", n),),
+        segments=segments,
+    )
+    direction = _one_direction(precondition(first.grads, result.grads), call)
+    columns = _product_columns(Along(call.names, units, direction, 1), result, call.names)
+    if segments is not None:
+        columns = {name: dots[: segments.count] for name, dots in columns.items()}
+    if not grads:
+        result.grads = {}
+    return _values(result, result.losses, first.losses, _arranged(columns, axes, n)), result.aux
 
 
 def _values(result: Run, losses: Tensor, val_losses: Tensor, dots: Dots) -> ValueAndGradDot:
