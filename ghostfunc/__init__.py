@@ -6,6 +6,7 @@ from ghostfunc._factors import Dense, Gather, Outer
 from ghostfunc._functionalize import functionalize
 from ghostfunc._losses import causal_lm_loss, classification_loss
 from ghostfunc._oracle import per_sample_grad
+from ghostfunc._second_order import InRunValues, ghost_grad_hess_grad, in_run_values
 from ghostfunc._transforms import (
     ValueAndGradDot,
     ghost_factors,
@@ -24,6 +25,7 @@ __all__ = [
     "Gather",
     "GhostEngineManager",
     "GradDotProdEngine",
+    "InRunValues",
     "InteractingSamples",
     "Outer",
     "UnsupportedUse",
@@ -36,6 +38,8 @@ __all__ = [
     "ghost_factors",
     "ghost_grad_along",
     "ghost_grad_dot",
+    "ghost_grad_hess_grad",
+    "in_run_values",
     "per_sample_grad",
     "read_dot_log",
     "value_and_grad_dot",
