@@ -85,9 +85,13 @@ class Dense:
 
     Attributes:
         grad: `[B, *shape]`.
+        maps: for linear maps side by side, as of a grouped convolution: `(maps, p, q)`, as which the weight is stored.
+        transposed: whether each of these is stored `[d_in, d_out]`.
     """
 
     grad: Inexact[Tensor, "b ..."]
+    maps: tuple[int, int, int] | None = None
+    transposed: bool = False
 
     def dense(self, shape: Sequence[int]) -> Inexact[Tensor, "b ..."]:
         """The per-sample gradients `[B, *shape]`."""
@@ -95,7 +99,7 @@ class Dense:
 
     def part(self, start: int, stop: int) -> Dense:
         """The factor of samples start to stop."""
-        return Dense(self.grad[start:stop])
+        return replace(self, grad=self.grad[start:stop])
 
 
 @dataclass(frozen=True, eq=False)

@@ -126,10 +126,14 @@ def _convolved(
             return _sample_by_sample(g, samples, x)
         channels, images = g.movedim(-1, 1).flatten(0, 1), len(x)
         gradients = kernel.gradient(channels.unsqueeze(0), x.flatten(0, 1).unsqueeze(0), images)
-        return Dense(samples.sum_to(gradients.view(images, *kernel.shape), kernel.shape))
+        return of_groups(samples.sum_to(gradients.view(images, *kernel.shape), kernel.shape))
 
     def _sample_by_sample(g: Tensor, samples: RowMap, x: Tensor) -> Dense:
-        return Dense(torch.stack([plain(samples.only(g, sample), x) for sample in range(samples.samples)]))
+        return of_groups(torch.stack([plain(samples.only(g, sample), x) for sample in range(samples.samples)]))
+
+    def of_groups(gradients: Tensor) -> Dense:
+        rows = kernel.shape[0] // kernel.groups
+        return Dense(gradients, (kernel.groups, rows, prod(kernel.shape[1:])), kernel.transposed)
 
     def plain(g: Tensor, x: Tensor) -> Tensor:
         return kernel.gradient(g.movedim(-1, 1), x)

@@ -187,6 +187,8 @@ def _block_linear(mode: Interpreter, func: Callable, x: Tensor, weight: Tensor) 
         ]
         return mode.call(torch.stack, parts, -2)
 
+    blocks, d_out, d_in = weight.shape
+
     def product(g: Tensor, x: Tensor) -> Tensor:
         return torch.einsum("...so,...si->soi", g, x)
 
@@ -194,12 +196,13 @@ def _block_linear(mode: Interpreter, func: Callable, x: Tensor, weight: Tensor) 
         x = x.to(g.dtype)
         in_blocks = isinstance(samples, SampleAxis) and samples.samples > 1 and samples.dim == g.dim() - 2
         if isinstance(samples, RowMap) or (in_blocks and samples.owners is not None):
-            return Dense(torch.stack([product(samples.only(g, sample), x) for sample in range(samples.samples)]))
+            gradients = [product(samples.only(g, sample), x) for sample in range(samples.samples)]
+            return Dense(torch.stack(gradients), (blocks, d_out, d_in))
         if in_blocks:  # each sample has blocks of its own
             own = replace(samples, dim=0)
             return Own(own.split(product(g, x)), own)
         by_sample = (samples.split(t).reshape(samples.samples, -1, *t.shape[-2:]) for t in (g, x))
-        return Dense(torch.einsum("brso,brsi->bsoi", *by_sample))
+        return Dense(torch.einsum("brso,brsi->bsoi", *by_sample), (blocks, d_out, d_in))
 
     return tapped(mode, "einsum", block_linear(x, mode.value(weight)), (x,), Use(tracked, "dense", factor, product))
 
