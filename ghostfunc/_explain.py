@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ghostfunc._axes import match_layers
 from ghostfunc._batch import batch_size, cannot_join, join, plain
+from ghostfunc._call import Params
 from ghostfunc._contract import best_order
 from ghostfunc._factors import Later
 from ghostfunc._functionalize import ModelFn
@@ -19,7 +21,6 @@ from ghostfunc._products import Along, Joint
 from ghostfunc._randomness import DrewRandomNumbers, RandomState
 from ghostfunc._run import Want, forward
 from ghostfunc._sites import Site
-from ghostfunc._transforms import Params, match_layers
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from ghostfunc import _transforms as transforms
+from ghostfunc._axes import positions_of
 from ghostfunc._compile import packed
 from ghostfunc._errors import UnsupportedUse
 from ghostfunc._graph_ops import refused
@@ -116,7 +117,10 @@ def _similar(arguments: Mapping[str, Any], wraps: bool) -> Any:
     sizes = {what: _size(arguments[what]) for what in ("train", "val", "batch") if what in arguments}
     n = sizes.get("train", sizes.get("batch", 1))
     axes = arguments["out"].split()
-    shape = [sizes.get("val", 1) if axis == "val" else n for axis in axes if axis != "param"]
+    sizes |= {"sample": n, "train": n}
+    if "token" in axes:
+        sizes["token"] = positions_of(arguments["train" if "train" in arguments else "batch"])
+    shape = [sizes[axis] for axis in axes if axis != "param"]
     dots: Any = like.new_zeros(shape)
     if "param" in axes:
         dots = {name: like.new_zeros(shape) for name in params}

@@ -15,18 +15,23 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ghostfunc._axes import Axes, LayerOf, arrange, parse
 from ghostfunc._batch import batch_size, cannot_join, join, plain
+from ghostfunc._call import Call, Layers, Params, Units, checked, one_direction, product_columns, units_of
 from ghostfunc._compile import one_node
 from ghostfunc._factors import Factor
 from ghostfunc._functionalize import ModelFn
+from ghostfunc._heads import along_heads, heads_of, with_samples_heads
 from ghostfunc._nesting import unrecorded
 from ghostfunc._products import Along, Joint, Products, WithSamples
-from ghostfunc._randomness import RANDOMNESS, DrewRandomNumbers, RandomState
-from ghostfunc._run import Run, Want, base_factor, run
-from ghostfunc._segments import Segments
+from ghostfunc._randomness import DrewRandomNumbers, RandomState
+from ghostfunc._run import Run, base_factor
 
-Params = Mapping[str, Tensor]
+# Until their callers have moved:
+_Call, _checked, _product_columns, _one_direction = Call, checked, product_columns, one_direction
+
 Dots = Tensor | dict[str, Tensor]
+Precondition = Callable[..., dict[str, Tensor]]
 
 
 class _Values(NamedTuple):
@@ -50,193 +55,109 @@ class ValueAndGradDot(_Values):
     unused: tuple[str, ...] = ()
 
 
-class _Axes(NamedTuple):
-    order: tuple[str, ...]
-    per_param: bool
-    each_val: bool
+class _Asked(NamedTuple):
+    """What is asked of dot products.
 
-
-_AXES = ("param", "train", "val")
-
-
-def _axes(out: str, available: tuple[str, ...] = _AXES) -> _Axes:
-    names = tuple("train" if name == "sample" else name for name in out.split())
-    unknown = [name for name in names if name not in available]
-    if unknown or "train" not in names or len(set(names)) != len(names):
-        raise ValueError(
-            f"out={out!r}: each axis may stand once and 'train' (or 'sample') must be among them; the axes here are "
-            f"{', '.join(map(repr, available))}, for example 'train', 'param train' or 'train val'."
-        )
-    return _Axes(names, "param" in names, "val" in names)
-
-
-def match_layers(layers: str | Callable[[str], bool], names: list[str]) -> frozenset[str]:
-    """The parameters that a pattern means.
-
-    Args:
-        layers: comma-separated name parts, matched at dots ("h.1" is not "h.11"); empty for all; or a function of
-            the name.
-        names: the parameters' names.
-
-    Returns:
-        The names that match.
-
-    Raises:
-        ValueError: if a part matches nothing; the message lists the names.
+    Attributes:
+        axes: of the result.
+        reduction: over the validation samples, where the axes have none.
+        layer_of: the layer of a parameter.
+        heads: patterns by parameter, for the axis "head".
     """
-    if callable(layers):
-        return frozenset(name for name in names if layers(name))
-    found: set[str] = set()
-    for part in (p.strip() for p in layers.split(",") if p.strip()):
-        matched = [name for name in names if f".{part}." in f".{name}."]
-        if not matched:
-            raise ValueError(f"layers: no parameter matches {part!r}; the parameters are {', '.join(names)}.")
-        found.update(matched)
-    return frozenset(found or names)
 
+    axes: Axes
+    reduction: str
+    layer_of: LayerOf
+    heads: Mapping[str, str] | None
 
-def _check_params(params: Params) -> dict[str, Tensor]:
-    if not isinstance(params, Mapping) or not params:
-        raise ValueError("params must be a dict of at least one tensor by name.")
-    for name, p in params.items():
-        if not isinstance(p, Tensor):
-            raise TypeError(f"params[{name!r}] is a {type(p).__name__}, not a tensor.")
-        if not p.is_floating_point():
-            raise TypeError(
-                f"params[{name!r}] of shape {tuple(p.shape)} has dtype {p.dtype}: only floating-point tensors have "
-                "gradients. Leave it in the module, or close over it in model_fn."
+    @property
+    def each_val(self) -> bool:
+        return self.axes.has("val")
+
+    @property
+    def by_head(self) -> bool:
+        return self.axes.has("head")
+
+    def val_weight(self, m: int) -> float:
+        return 1.0 if self.each_val or self.reduction == "sum" else 1.0 / m
+
+    def pattern(self, name: str) -> str:
+        if self.heads is None or name not in self.heads:
+            raise ValueError(
+                f"out={self.axes.out!r}: heads= has no pattern for {name}. Pass heads=gf.attention_heads(module), or "
+                "patterns of your own, and restrict the call to their parameters with layers=heads."
             )
-    return dict(params)
+        return self.heads[name]
+
+    def arranged(self, columns: dict[str, Tensor], units: Units, scale: float | int) -> Dots:
+        """Columns `[units, k]`, or `[units, k, H]`, in the axes asked for."""
+        columns = units.own(columns)
+        if not self.each_val:
+            columns = {name: column.squeeze(len(units.axes)) for name, column in columns.items()}
+        has = (*units.axes, *(("val",) if self.each_val else ()), *(("head",) if self.by_head else ()))
+        return arrange(columns, self.axes, has=has, scale=scale, layer_of=self.layer_of)
 
 
-def _contraction_dtype(params: Params, dtype: torch.dtype | None) -> torch.dtype:
-    if dtype is not None:
-        return dtype
-    widest = torch.float32
-    for p in params.values():
-        widest = torch.promote_types(widest, p.dtype)
-    return widest
+_ALL_AXES = ("param", "layer", "train", "token", "val", "head")
 
 
-def _arranged(columns: dict[str, Tensor], axes: _Axes, scale: int) -> Dots:
-    """Per-parameter products `[n, k]` in the axes that were asked for."""
-
-    def shaped(dots: Tensor) -> Tensor:
-        dots = dots * scale if scale != 1 else dots
-        if not axes.each_val:
-            return dots.squeeze(1)
-        return dots if axes.order.index("train") < axes.order.index("val") else dots.t()
-
-    if axes.per_param:
-        return {name: shaped(dots) for name, dots in columns.items()}
-    return shaped(torch.stack(list(columns.values())).sum(0))
-
-
-def _product_columns(products: Products, result: Run, names: frozenset[str]) -> dict[str, Tensor]:
-    with unrecorded(), torch.autocast(result.losses.device.type, enabled=False):
-        columns = {name: products.products(result, name) for name in result.leaves if name in names}
-    for site in result.fused:
-        site.fused_right = None
-    return columns
-
-
-class _Call(NamedTuple):
-    """The arguments that every transform shares, checked."""
-
-    model_fn: ModelFn
-    params: dict[str, Tensor]
-    dtype: torch.dtype
-    names: frozenset[str]
-    has_aux: bool
-    lenient: bool
-    randomness: str
-
-    def run(self, batch: Any, samples: int, **want: Any) -> Run:
-        return run(
-            self.model_fn,
-            self.params,
-            batch,
-            samples,
-            Want(
-                dtype=self.dtype,
-                has_aux=self.has_aux,
-                lenient=self.lenient,
-                randomness=self.randomness,
-                **want,
-            ),
-        )
-
-    def contracted(self, products: Products, batch: Any, samples: int, **want: Any) -> Run:
-        return self.run(batch, samples, factors=self.names, more_taps=products.more_taps, plan=products.plan, **want)
-
-
-def _checked(
-    model_fn: ModelFn,
-    params: Params,
-    dtype: torch.dtype | None,
-    layers: str | Callable[[str], bool],
-    has_aux: bool,
-    on_unsupported: str,
-    randomness: str,
-) -> _Call:
-    params = _check_params(params)
-    if on_unsupported not in ("raise", "dense"):
-        raise ValueError(f"on_unsupported={on_unsupported!r}: expected 'raise' or 'dense'.")
-    if randomness not in RANDOMNESS:
-        raise ValueError(f"randomness={randomness!r}: expected {', '.join(map(repr, RANDOMNESS))}.")
-    names = match_layers(layers, list(params))
-    lenient = on_unsupported == "dense"
-    return _Call(model_fn, params, _contraction_dtype(params, dtype), names, has_aux, lenient, randomness)
-
-
-def _segments(segments: Tensor | None, batch: Any, samples: int) -> Segments | None:
-    return None if segments is None else Segments.of(segments, batch, samples)
+def _asked(
+    out: str, available: tuple[str, ...], reduction: str, layer_of: LayerOf, heads: Mapping[str, str] | None
+) -> _Asked:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'sum' over the validation samples.")
+    return _Asked(parse(out, available), reduction, layer_of, heads)
 
 
 def _dots(
-    call: _Call,
+    call: Call,
     train: Any,
     val: Any,
+    asked: _Asked,
     *,
-    out: str,
-    reduction: str,
-    precondition: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None,
+    precondition: Precondition | None,
     schedule: str,
     grads: bool,
     segments: Tensor | None,
 ) -> tuple[ValueAndGradDot, Any]:
-    axes = _axes(out)
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'sum' over the validation samples.")
     if schedule not in ("auto", "joint", "two-phase"):
         raise ValueError(f"schedule={schedule!r}: expected 'auto', 'joint' or 'two-phase'.")
-    if precondition is not None and axes.each_val:
+    if precondition is not None and asked.each_val:
         raise ValueError("precondition takes one validation gradient; it cannot serve an out with the axis 'val'.")
     train, val = plain(train), plain(val)
     n, m = batch_size(train, "train"), batch_size(val, "val")
-    why_not = "a precondition needs the whole validation gradient first" if precondition else cannot_join(train, val)
-    why_not = "only the train rows have segments" if segments is not None else why_not
+    units = units_of(train, n, segments, token=asked.axes.has("token"))
+    why_not = _why_not_joint(train, val, asked, precondition, segments)
     if schedule == "joint" and why_not:
         raise ValueError(f"schedule='joint' cannot serve this call: {why_not}. Use schedule='two-phase' or 'auto'.")
-    device = next(iter(call.params.values())).device
-    joint = schedule == "joint" or (schedule == "auto" and not why_not and not call.has_aux and m <= n)
-    if joint:
-        before = RandomState.of(device)
+    if schedule == "joint" or (schedule == "auto" and not why_not and not call.has_aux and m <= n):
+        before = RandomState.of(call.device)
         try:
-            return _joint(call, train, val, n, m, axes, reduction, grads, refuse_random=schedule == "auto")
+            return _joint(call, train, val, n, m, asked, grads, refuse_random=schedule == "auto")
         except DrewRandomNumbers:
             before.restore()
-    return _two_phase(call, train, val, n, m, axes, reduction, precondition, grads, _segments(segments, train, n))
+    return _two_phase(call, train, val, n, m, units, asked, precondition, grads)
+
+
+def _why_not_joint(
+    train: Any, val: Any, asked: _Asked, precondition: Precondition | None, segments: Tensor | None
+) -> str:
+    if precondition is not None:
+        return "a precondition needs the whole validation gradient first"
+    if segments is not None:
+        return "only the train rows have segments"
+    for axis in ("token", "head"):
+        if asked.axes.has(axis):
+            return f"the axis {axis!r} is of the train rows"
+    return cannot_join(train, val)
 
 
 def _joint(
-    call: _Call, train: Any, val: Any, n: int, m: int, axes: _Axes, reduction: str, grads: bool, refuse_random: bool
+    call: Call, train: Any, val: Any, n: int, m: int, asked: _Asked, grads: bool, refuse_random: bool
 ) -> tuple[ValueAndGradDot, Any]:
-    device = next(iter(call.params.values())).device
-    val_weight = 1.0 if axes.each_val or reduction == "sum" else 1.0 / m
-    weights = torch.full((n + m,), 1.0 / n if grads else 1.0, dtype=torch.float64, device=device)
-    weights[n:] = val_weight
-    products = Joint(call.names, n, m, axes.each_val, fuse=not call.lenient)
+    weights = call.weights(n + m, 1.0 / n if grads else 1.0)
+    weights[n:] = asked.val_weight(m)
+    products = Joint(call.names, n, m, asked.each_val, fuse=not call.lenient)
     result = call.contracted(
         products,
         join(train, val),
@@ -247,105 +168,81 @@ def _joint(
         refuse_random=refuse_random,
         batches=(("train", n), ("val", m)),
     )
-    dots = _arranged(_product_columns(products, result, call.names), axes, n if grads else 1)
+    columns = product_columns(products, result, call.names)
+    dots = asked.arranged(columns, Units(n, n, None), n if grads else 1)
     aux = pytree.tree_map_only(Tensor, lambda t: t[:n] if t.dim() and len(t) == n + m else t, result.aux)
     return _values(result, result.losses[:n], result.losses[n:], dots), aux
 
 
 def _two_phase(
-    call: _Call,
+    call: Call,
     train: Any,
     val: Any,
     n: int,
     m: int,
-    axes: _Axes,
-    reduction: str,
-    precondition: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None,
+    units: Units,
+    asked: _Asked,
+    precondition: Precondition | None,
     grads: bool,
-    segments: Segments | None,
 ) -> tuple[ValueAndGradDot, Any]:
-    units = n if segments is None else segments.count + 1
-    device = next(iter(call.params.values())).device
-    products: Products
-    before = RandomState.of(device)  # the train samples draw what a plain step would
-    if axes.each_val:
+    before = RandomState.of(call.device)  # the train samples draw what a plain step would
+    if asked.each_val:
         first = call.run(val, m, train=m, factors=call.names, dropout=False, batches=(("val", m),))
-        products = WithSamples(call.names, units, first, m)
+        direction = None
     else:
-        weights = torch.full((m,), 1.0 / m if reduction == "mean" else 1.0, dtype=torch.float64, device=device)
+        weights = call.weights(m, asked.val_weight(m))
         first = call.run(val, m, train=m, grads=True, weights=weights, dropout=False, batches=(("val", m),))
-        if getattr(precondition, "about_train_gradient", False):
-            before.restore()
-            return _about_train_gradient(call, first, train, n, axes, precondition, grads, segments)
-        direction = first.grads if precondition is None else precondition(first.grads)
-        products = Along(call.names, units, _one_direction(direction, call), 1)
+        direction = first.grads
     before.restore()
-    weights = torch.full((n,), 1.0 / n if grads else 1.0, dtype=torch.float64, device=device)
-    result = call.contracted(
-        products, train, n, train=units, grads=grads, weights=weights, batches=(("train", n),), segments=segments
-    )
-    columns = _product_columns(products, result, call.names)
-    if segments is not None:
-        columns = {name: dots[: segments.count] for name, dots in columns.items()}
-    dots = _arranged(columns, axes, n if grads else 1)
+    about = direction is not None and getattr(precondition, "about_train_gradient", False)
+    if direction is not None and precondition is not None and not about:
+        direction = precondition(direction)
+
+    products: Products
+    if direction is None:
+        products = WithSamples(call.names, units.runs, first, m)
+    else:
+        products = Along(call.names, units.runs, {} if about else one_direction(direction, call), 1)
+    sums = grads or about
+    how = {
+        "train": units.runs,
+        "grads": sums,
+        "weights": call.weights(n, 1.0 / n if sums else 1.0),
+        "batches": (("train", n),),
+        "segments": units.segments,
+    }
+    if about or asked.by_head:  # factors are kept until the direction is known, or for the heads
+        result = call.run(train, n, factors=call.names, **how)
+    else:
+        result = call.contracted(products, train, n, **how)
+    if about:
+        assert precondition is not None and direction is not None
+        products = Along(call.names, units.runs, one_direction(precondition(direction, result.grads), call), 1)
+    columns = _by_head(call, products, result, units, asked) if asked.by_head else None
+    columns = columns or product_columns(products, result, call.names)
+    if not grads:
+        result.grads = {}
+    dots = asked.arranged(columns, units, n if sums else 1)
     return _values(result, result.losses, first.losses, dots), result.aux
 
 
-def _about_train_gradient(
-    call: _Call,
-    first: Run,
-    train: Any,
-    n: int,
-    axes: _Axes,
-    precondition: Any,
-    grads: bool,
-    segments: Segments | None,
-) -> tuple[ValueAndGradDot, Any]:
-    """The direction depends on the mean train gradient: one run of the train rows, its factors kept until it is known."""
-    units = n if segments is None else segments.count + 1
-    device = next(iter(call.params.values())).device
-    weights = torch.full((n,), 1.0 / n, dtype=torch.float64, device=device)
-    result = call.run(
-        train,
-        n,
-        train=units,
-        grads=True,
-        weights=weights,
-        factors=call.names,
-        batches=(("train", n),),
-        segments=segments,
-    )
-    direction = _one_direction(precondition(first.grads, result.grads), call)
-    columns = _product_columns(Along(call.names, units, direction, 1), result, call.names)
-    if segments is not None:
-        columns = {name: dots[: segments.count] for name, dots in columns.items()}
-    if not grads:
-        result.grads = {}
-    return _values(result, result.losses, first.losses, _arranged(columns, axes, n)), result.aux
+def _by_head(call: Call, products: Products, result: Run, units: Units, asked: _Asked) -> dict[str, Tensor]:
+    columns: dict[str, Tensor] = {}
+    with unrecorded():
+        for name in call.params:
+            if name in call.names:
+                heads = heads_of(name, call.params[name].shape, asked.pattern(name))
+                if isinstance(products, Along):
+                    columns[name] = along_heads(result, name, products.directions[name], heads, units.runs)
+                elif isinstance(products, WithSamples):
+                    columns[name] = with_samples_heads(result, products.val, name, heads, units.runs)
+    return columns
 
 
 def _values(result: Run, losses: Tensor, val_losses: Tensor, dots: Dots) -> ValueAndGradDot:
     values = ValueAndGradDot(losses, val_losses, result.grads, dots)
     values.unused = result.unused
     return values
-
-
-def _one_direction(direction: Params, call: _Call) -> dict[str, Tensor]:
-    """The direction of each parameter that is asked for, `[1, *shape]`, checked."""
-    missing = sorted(call.names - set(direction))
-    if missing:
-        raise ValueError(
-            f"direction: no entry for {', '.join(missing)}; it must have an entry for each parameter in play."
-        )
-    unknown = sorted(set(direction) - set(call.params))
-    if unknown:
-        raise ValueError(f"direction: {', '.join(unknown)} are not parameters; these are {', '.join(call.params)}.")
-    for name in call.names:
-        given, expected = direction[name].shape, call.params[name].shape
-        if given != expected:
-            raise ValueError(f"direction[{name!r}] has shape {tuple(given)}; the parameter has {tuple(expected)}.")
-    with unrecorded():
-        return {name: direction[name].to(call.dtype).unsqueeze(0) for name in call.names}
 
 
 @one_node
@@ -357,10 +254,12 @@ def ghost_grad_dot(
     *,
     out: str = "train",
     reduction: str = "mean",
-    precondition: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    precondition: Precondition | None = None,
     schedule: str = "auto",
     dtype: torch.dtype | None = None,
-    layers: str | Callable[[str], bool] = "",
+    layers: Layers = "",
+    layer_of: LayerOf = "",
+    heads: Mapping[str, str] | None = None,
     has_aux: bool = False,
     on_unsupported: str = "raise",
     randomness: str = "different",
@@ -377,15 +276,22 @@ def ghost_grad_dot(
         params: parameters by name; all of them are differentiated.
         train: a pytree of tensors `[n, ...]`.
         val: a pytree of tensors `[m, ...]`.
-        out: the axes of the result: "train" `[n]`; "param train" a dict of `[n]`, which sum to "train"; "train val"
-            `[n, m]`, the dot product with each validation sample; "param train val" a dict of `[n, m]`.
+        out: the axes of the result, any of them in any order: "train" (or "sample") `[n]`, "val" `[m]`, "token" `[R]`
+            (positions of the train samples), "head" `[H]`, and "param" or "layer", a dict of tensors. "train val" is
+            `[n, m]`, "param train" a dict of `[n]`. An axis that is left out is summed over, but "val" as `reduction`
+            says. The entry of a token is the part of its sample's gradient that comes through its position's
+            activations and cotangents.
         reduction: "mean" or "sum" over the validation samples.
         precondition: a function of the validation gradient (a dict like `params`) that gives the direction used.
         schedule: "joint": train and validation rows in one forward and backward; "two-phase": the validation gradient
             first; "auto": joint where the batches allow it and nothing random is drawn.
         dtype: the dtype of contractions; by default float32, float64 for float64 parameters.
         layers: restricts the dot products to parameters whose names match: comma-separated parts, matched at dots, or
-            a function of the name.
+            names, or a function of the name.
+        layer_of: what the axis "layer" groups parameters by: a regular expression, whose first group (or whole match)
+            is the layer's name, or a function of the parameter's name. By default the name up to its first number
+            ("transformer.h.0"), or the module.
+        heads: for the axis "head": where the heads of each weight are, `{name: pattern}`, as `attention_heads` gives.
         has_aux: `model_fn` returns `(losses, aux)`, and the result is `(dots, aux)` with the train batch's aux.
         on_unsupported: "raise", or "dense": a parameter used where no rule sees it costs one backward pass for each
             sample, and is exact.
@@ -418,13 +324,12 @@ def ghost_grad_dot(
         >>> gf.ghost_grad_dot(model_fn, params, train, val, out="train val").shape
         torch.Size([5, 2])
     """
-    call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness)
+    call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness)
     values, aux = _dots(
         call,
         train,
         val,
-        out=out,
-        reduction=reduction,
+        _asked(out, _ALL_AXES, reduction, layer_of, heads),
         precondition=precondition,
         schedule=schedule,
         grads=False,
@@ -442,10 +347,12 @@ def value_and_grad_dot(
     *,
     out: str = "train",
     reduction: str = "mean",
-    precondition: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    precondition: Precondition | None = None,
     schedule: str = "auto",
     dtype: torch.dtype | None = None,
-    layers: str | Callable[[str], bool] = "",
+    layers: Layers = "",
+    layer_of: LayerOf = "",
+    heads: Mapping[str, str] | None = None,
     has_aux: bool = False,
     on_unsupported: str = "raise",
     randomness: str = "different",
@@ -465,6 +372,8 @@ def value_and_grad_dot(
             step would, validation samples run without dropout.
         dtype: as in `ghost_grad_dot`.
         layers: restricts the dot products; `grads` has every parameter.
+        layer_of: as in `ghost_grad_dot`.
+        heads: as in `ghost_grad_dot`.
         has_aux: as in `ghost_grad_dot`.
         on_unsupported: as in `ghost_grad_dot`.
         randomness: as in `ghost_grad_dot`.
@@ -489,13 +398,12 @@ def value_and_grad_dot(
         >>> result.losses.shape, result.grads["weight"].shape, result.dots.shape
         (torch.Size([5]), torch.Size([3, 4]), torch.Size([5]))
     """
-    call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness)
+    call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness)
     values, aux = _dots(
         call,
         train,
         val,
-        out=out,
-        reduction=reduction,
+        _asked(out, _ALL_AXES, reduction, layer_of, heads),
         precondition=precondition,
         schedule=schedule,
         grads=True,
@@ -513,7 +421,9 @@ def ghost_grad_along(
     *,
     out: str = "sample",
     dtype: torch.dtype | None = None,
-    layers: str | Callable[[str], bool] = "",
+    layers: Layers = "",
+    layer_of: LayerOf = "",
+    heads: Mapping[str, str] | None = None,
     has_aux: bool = False,
     on_unsupported: str = "raise",
     randomness: str = "different",
@@ -526,9 +436,11 @@ def ghost_grad_along(
         params: parameters by name.
         batch: a pytree of tensors `[B, ...]`.
         direction: a dict like `params`.
-        out: "sample" (or "train") `[B]`, or "param sample", a dict of `[B]`.
+        out: as in `ghost_grad_dot`, without "val": "sample" `[B]`, "param sample" a dict of `[B]`, ...
         dtype: as in `ghost_grad_dot`.
         layers: as in `ghost_grad_dot`.
+        layer_of: as in `ghost_grad_dot`.
+        heads: as in `ghost_grad_dot`.
         has_aux: as in `ghost_grad_dot`.
         on_unsupported: as in `ghost_grad_dot`.
         randomness: as in `ghost_grad_dot`.
@@ -549,16 +461,20 @@ def ghost_grad_along(
         >>> gf.ghost_grad_along(model_fn, params, batch, {k: torch.ones_like(p) for k, p in params.items()}).shape
         torch.Size([5])
     """
-    call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness)
-    axes = _axes(out, ("param", "train"))
+    call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness)
+    asked = _asked(out, tuple(axis for axis in _ALL_AXES if axis != "val"), "sum", layer_of, heads)
     batch = plain(batch)
     samples = batch_size(batch, "given")
-    of = _segments(segments, batch, samples)
-    units = samples if of is None else of.count + 1
-    products = Along(call.names, units, _one_direction(direction, call), 1)
-    result = call.contracted(products, batch, samples, train=units, segments=of)
-    columns = _product_columns(products, result, call.names)
-    dots = _arranged(columns if of is None else {k: d[: of.count] for k, d in columns.items()}, axes, 1)
+    units = units_of(batch, samples, segments, token=asked.axes.has("token"))
+    products = Along(call.names, units.runs, one_direction(direction, call), 1)
+    how = {"train": units.runs, "segments": units.segments}
+    if asked.by_head:
+        result = call.run(batch, samples, factors=call.names, **how)
+        columns = _by_head(call, products, result, units, asked)
+    else:
+        result = call.contracted(products, batch, samples, **how)
+        columns = product_columns(products, result, call.names)
+    dots = asked.arranged(columns, units, 1)
     return (dots, result.aux) if has_aux else dots
 
 
@@ -568,7 +484,7 @@ def ghost_factors(
     batch: Any,
     *,
     dtype: torch.dtype | None = None,
-    layers: str | Callable[[str], bool] = "",
+    layers: Layers = "",
     has_aux: bool = False,
     on_unsupported: str = "raise",
     randomness: str = "different",
@@ -606,16 +522,14 @@ def ghost_factors(
         >>> factors["weight"][0].a.shape, factors["weight"][0].g.shape
         (torch.Size([2, 1, 4]), torch.Size([2, 1, 3]))
     """
-    call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness)
+    call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness)
     batch = plain(batch)
     samples = batch_size(batch, "given")
-    of = _segments(segments, batch, samples)
-    units = samples if of is None else of.count + 1
-    result = call.run(batch, samples, train=units, factors=call.names, segments=of)
-    count = samples if of is None else of.count
+    units = units_of(batch, samples, segments, token=False)
+    result = call.run(batch, samples, train=units.runs, factors=call.names, segments=units.segments)
     with unrecorded():
         factors: dict[str, list[Factor]] = {
-            name: [base_factor(result, s, result.factors[s].part(0, count), name) for s in result.sites(name)]
+            name: [base_factor(result, s, result.factors[s].part(0, units.count), name) for s in result.sites(name)]
             for name in call.params
             if name in call.names
         }

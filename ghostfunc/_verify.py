@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ghostfunc._axes import match_layers
 from ghostfunc._batch import batch_size, plain
+from ghostfunc._call import Params
 from ghostfunc._errors import InteractingSamples, VerificationError
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._oracle import per_sample_grad
-from ghostfunc._transforms import Params, ghost_factors, ghost_grad_dot, match_layers, value_and_grad_dot
+from ghostfunc._transforms import ghost_factors, ghost_grad_dot, value_and_grad_dot
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 

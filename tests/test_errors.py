@@ -306,7 +306,7 @@ def test_unknown_layers(call, mlp):
 
 
 @WITH_OPTIONS
-@pytest.mark.parametrize("out", ["trian", "train layer", "", "param"])
+@pytest.mark.parametrize("out", ["trian", "train train", "train sample", "param layer", "train other"])
 def test_unknown_out(call, out, mlp):
     other = mlp.params if call == "ghost_grad_along" else mlp.batch(2, 2)
     with pytest.raises(ValueError, match=r"(?s)(?=.*param)(?=.*(train|sample))"):
