@@ -9,25 +9,32 @@ import json
 import operator
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from ghostfunc._parquet import (
+    TEMPORARY,
+    Numbers,
+    import_pyarrow,
+    read_rows,
+    sync_folder,
+    to_list,
+    write_atomically,
+    write_rows,
+)
 
 if TYPE_CHECKING:
     import pyarrow
 
 _CONFIG = "config.json"
 _VAL_BATCH = "val_batch.safetensors"
-_TEMPORARY = ".tmp"
 _ROWS = re.compile(r"dots-(\d+)-(\d+)\.parquet")
-
-Numbers = Tensor | np.ndarray | Sequence[Any]
 
 
 class DotLog:
@@ -66,7 +73,7 @@ class DotLog:
         _import_pyarrow()
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob("*" + _TEMPORARY):
+        for leftover in self.folder.glob("*" + TEMPORARY):
             leftover.unlink()
         self._write_config(config)
         if val_batch is not None:
@@ -110,10 +117,10 @@ class DotLog:
                 f"resume({max(iteration, 0)}) first; for another run, choose another folder."
             )
         columns = {
-            "sample_id": [operator.index(sample_id) for sample_id in _to_list(sample_ids)],
+            "sample_id": [operator.index(sample_id) for sample_id in to_list(sample_ids)],
             "domain": list(domains),
-            "loss": _to_list(losses),
-            "dot": _to_list(dots),
+            "loss": to_list(losses),
+            "dot": to_list(dots),
         }
         n = len(columns["sample_id"])
         if any(len(column) != n for column in columns.values()):
@@ -139,7 +146,7 @@ class DotLog:
             return None
         iteration, micro_step = table["iteration"][0].as_py(), table["micro_step"][0].as_py()
         path = self.folder / f"dots-{iteration:012d}-{micro_step:06d}.parquet"
-        _write_rows(path, table)
+        write_rows(path, table)
         self._buffer = []
         return path
 
@@ -164,9 +171,9 @@ class DotLog:
             table = _read_rows(path)
             earlier = table.filter(pa.compute.less(table["iteration"], iteration))
             if earlier.num_rows < table.num_rows:
-                _write_rows(path, earlier)
+                write_rows(path, earlier)
             break  # rows are in the order of the run: files before this one lie wholly before the cut
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         self._newest = None
 
     def _newest_row(self) -> tuple[int, int]:
@@ -183,7 +190,7 @@ class DotLog:
         path = self.folder / _CONFIG
         text = _to_json(config)
         if not path.exists():
-            _write_atomically(path, lambda file: file.write(text.encode()))
+            write_atomically(path, lambda file: file.write(text.encode()))
             return
         stored = path.read_text()
         if stored != text:
@@ -206,7 +213,7 @@ class DotLog:
         # Copies, because safetensors refuses tensors that share memory, as inputs and labels often do.
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in val_batch.items()}
         if not path.exists():
-            _write_atomically(path, lambda file: file.write(safetensors.torch.save(tensors)))
+            write_atomically(path, lambda file: file.write(safetensors.torch.save(tensors)))
             return
         try:
             stored = safetensors.torch.load(path.read_bytes())
@@ -259,13 +266,7 @@ def read_dot_log(folder: str | os.PathLike) -> "pyarrow.Table":
 
 
 def _import_pyarrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.compute
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError('the dot log needs pyarrow, which is an extra: pip install "ghostfunc[log]"') from error
-    return pyarrow
+    return import_pyarrow("the dot log")
 
 
 def _schema() -> Any:
@@ -294,54 +295,14 @@ def _first_row(path: Path) -> tuple[int, int]:
 
 
 def _read_rows(path: Path) -> Any:
-    pa = _import_pyarrow()
-    try:
-        # Not read_table: it would take a folder named "lr=1" for a column.
-        with pa.parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            table = file.read()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}). Restore it, or move it away: its rows are then missing, unless the run "
-            f"resumes from iteration {_first_row(path)[0]}."
-        ) from error
+    remedy = (
+        "Restore it, or move it away: its rows are then missing, unless the run resumes from iteration "
+        f"{_first_row(path)[0]}."
+    )
+    table = read_rows(path, remedy)
     if not table.schema.equals(_schema()):
         raise ValueError(f"{path} is not a file of a dot log: its columns are {', '.join(table.schema.names)}.")
     return table
-
-
-def _write_rows(path: Path, table: Any) -> None:
-    pa = _import_pyarrow()
-    _write_atomically(
-        path, lambda file: pa.parquet.write_table(table, file, compression="zstd", write_page_checksum=True)
-    )
-
-
-def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    temporary = path.with_name(path.name + _TEMPORARY)
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames and removals in `folder` survive a power cut, where the system lets a folder be opened."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _to_list(numbers: Numbers) -> list:
-    if isinstance(numbers, Tensor):
-        numbers = numbers.detach()
-        return (numbers.double() if numbers.is_floating_point() else numbers).tolist()
-    return numbers.tolist() if isinstance(numbers, np.ndarray) else list(numbers)
 
 
 def _to_json(config: Mapping) -> str:

@@ -1,0 +1,80 @@
+"""Parquet files that a kill at any moment leaves whole: written beside their place, synced to disk, and moved there."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from torch import Tensor
+
+TEMPORARY = ".tmp"
+
+Numbers = Tensor | np.ndarray | Sequence[Any]
+
+
+def import_pyarrow(what: str) -> Any:
+    """Import pyarrow, which is an extra; without it, `what` is said to need it."""
+    try:
+        import pyarrow
+        import pyarrow.compute
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(f'{what} needs pyarrow, which is an extra: pip install "ghostfunc[log]"') from error
+    return pyarrow
+
+
+def read_rows(path: Path, remedy: str) -> Any:
+    """Read one file as a table.
+
+    Raises:
+        ValueError: if it is damaged; the message names it, and ends with `remedy`.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        # Not read_table: it would take a folder named "lr=1" for a column.
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            return file.read()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}). {remedy}") from error
+
+
+def write_rows(path: Path, table: Any) -> None:
+    """Write a table as one file, whole or not at all."""
+    import pyarrow.parquet
+
+    write_atomically(
+        path, lambda file: pyarrow.parquet.write_table(table, file, compression="zstd", write_page_checksum=True)
+    )
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a file that is at `path` whole, or not at all."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    with temporary.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and removals in `folder` survive a power cut, where the system lets a folder be opened."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def to_list(numbers: Numbers) -> list:
+    """Numbers of any kind as Python's."""
+    if isinstance(numbers, Tensor):
+        numbers = numbers.detach()
+        return (numbers.double() if numbers.is_floating_point() else numbers).tolist()
+    return numbers.tolist() if isinstance(numbers, np.ndarray) else list(numbers)
