@@ -7,6 +7,7 @@ from ghostfunc._functionalize import functionalize
 from ghostfunc._losses import causal_lm_loss, classification_loss
 from ghostfunc._oracle import per_sample_grad
 from ghostfunc._second_order import InRunValues, ghost_grad_hess_grad, in_run_values
+from ghostfunc._selection import greedy_select
 from ghostfunc._transforms import (
     ValueAndGradDot,
     ghost_factors,
@@ -17,6 +18,7 @@ from ghostfunc._transforms import (
 from ghostfunc._verify import verify
 from ghostfunc.dotlog import DotLog, read_dot_log
 from ghostfunc.engine import EngineOutput, GhostEngineManager, GradDotProdEngine
+from ghostfunc.ledger import InRunShapley
 
 __all__ = [
     "Dense",
@@ -25,6 +27,7 @@ __all__ = [
     "Gather",
     "GhostEngineManager",
     "GradDotProdEngine",
+    "InRunShapley",
     "InRunValues",
     "InteractingSamples",
     "Outer",
@@ -39,6 +42,7 @@ __all__ = [
     "ghost_grad_along",
     "ghost_grad_dot",
     "ghost_grad_hess_grad",
+    "greedy_select",
     "in_run_values",
     "per_sample_grad",
     "read_dot_log",
