@@ -32,8 +32,17 @@ Direction = dict[str, Tensor]
 Precondition = Callable[..., Direction]
 
 
-class InRunValues(NamedTuple):
-    """What `in_run_values` returns.
+class _Values(NamedTuple):
+    losses: Tensor
+    val_losses: Tensor
+    grads: dict[str, Tensor]
+    first: Tensor
+    second: Tensor
+    values: Tensor
+
+
+class InRunValues(_Values):
+    """What `in_run_values` returns: the tuple of its first six attributes, and `unused` beside it.
 
     Attributes:
         losses: `[n]`, of the train samples.
@@ -42,14 +51,10 @@ class InRunValues(NamedTuple):
         first: `[n]`, first-order values.
         second: `[n]`, second-order terms; zeros for order=1.
         values: `[n]`, `first + second`.
+        unused: names of parameters that the train losses do not depend on; their gradients are zero.
     """
 
-    losses: Tensor
-    val_losses: Tensor
-    grads: dict[str, Tensor]
-    first: Tensor
-    second: Tensor
-    values: Tensor
+    unused: tuple[str, ...] = ()
 
 
 class _Terms(NamedTuple):
@@ -198,6 +203,7 @@ def in_run_values(
         dots, aux = found if has_aux else (found, None)
         first = dots.dots * lr / len(dots.losses)
         values = InRunValues(dots.losses, dots.val_losses, dots.grads, first, torch.zeros_like(first), first.clone())
+        values.unused = dots.unused
     else:
         call = _checked(model_fn, params, **options)
         terms = _terms(call, train, val, precondition)
@@ -205,6 +211,7 @@ def in_run_values(
         first = terms.first * lr / n
         second = -0.5 * lr * lr * terms.second / n
         values = InRunValues(terms.train.losses, terms.val.losses, terms.train.grads, first, second, first + second)
+        values.unused = terms.train.unused
     return (values, aux) if has_aux else values
 
 
