@@ -4,10 +4,22 @@ from ghostfunc._errors import InteractingSamples, UnsupportedUse, VerificationEr
 from ghostfunc._explain import explain
 from ghostfunc._factors import Dense, Gather, Outer
 from ghostfunc._functionalize import functionalize
+from ghostfunc._heads import attention_heads
 from ghostfunc._losses import causal_lm_loss, classification_loss
+from ghostfunc._many import (
+    ClippedGrad,
+    Quantities,
+    ghost_clipped_grad,
+    ghost_grad_gram,
+    ghost_grad_norm,
+    ghost_grad_stream,
+    ghost_quantities,
+)
 from ghostfunc._oracle import per_sample_grad
+from ghostfunc._quantities import Along, Clip, Dot, Gram, Norm, Project, Stream
 from ghostfunc._second_order import InRunValues, ghost_grad_hess_grad, in_run_values
 from ghostfunc._selection import greedy_select
+from ghostfunc._tiles import Tile
 from ghostfunc._transforms import (
     ValueAndGradDot,
     ghost_factors,
@@ -21,27 +33,43 @@ from ghostfunc.engine import EngineOutput, GhostEngineManager, GradDotProdEngine
 from ghostfunc.ledger import InRunShapley
 
 __all__ = [
+    "Along",
+    "Clip",
+    "ClippedGrad",
     "Dense",
+    "Dot",
     "DotLog",
     "EngineOutput",
     "Gather",
     "GhostEngineManager",
     "GradDotProdEngine",
+    "Gram",
     "InRunShapley",
     "InRunValues",
     "InteractingSamples",
+    "Norm",
     "Outer",
+    "Project",
+    "Quantities",
+    "Stream",
+    "Tile",
     "UnsupportedUse",
     "ValueAndGradDot",
     "VerificationError",
+    "attention_heads",
     "causal_lm_loss",
     "classification_loss",
     "explain",
     "functionalize",
+    "ghost_clipped_grad",
     "ghost_factors",
     "ghost_grad_along",
     "ghost_grad_dot",
+    "ghost_grad_gram",
     "ghost_grad_hess_grad",
+    "ghost_grad_norm",
+    "ghost_grad_stream",
+    "ghost_quantities",
     "greedy_select",
     "in_run_values",
     "per_sample_grad",

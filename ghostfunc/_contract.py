@@ -14,7 +14,7 @@ cost one pass over cached data. Every function here accumulates in the dtype tha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Inexact
@@ -23,9 +23,9 @@ from torch import Tensor
 from ghostfunc._factors import Dense, Factor, Gather, Later, Outer, Own
 from ghostfunc._nesting import functorch_level, readable, recorded
 
-_TILE_BYTES = 16 << 20
+TILE_BYTES = 16 << 20
 _GRAM_BYTES = 256 << 20
-_MEMORY_BOUND = 32  # FLOPs of a matrix product that cost what the stream's pass over one tile entry costs (measured)
+MEMORY_BOUND = 32  # FLOPs of a matrix product that cost what the stream's pass over one tile entry costs (measured)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ class Order:
     @property
     def cost(self) -> int:
         """FLOPs, with passes over memory as the FLOPs that take as long."""
-        return self.flops + _MEMORY_BOUND * self.passes
+        return self.flops + MEMORY_BOUND * self.passes
 
 
 def orders(
@@ -184,7 +184,7 @@ def tile_loop(
     """The tile stream itself; `torch.ops.ghostfunc.tile_stream` in a compiled graph."""
     n, _, p = left.shape
     q = right.shape[2]
-    rows = max(1, min(p, _TILE_BYTES // max(1, n * q * left.element_size())))
+    rows = max(1, min(p, TILE_BYTES // max(1, n * q * left.element_size())))
     dots = left.new_zeros(n, directions.count)
     grad = left.new_empty(p, q) if want_grad else None
     buffer = left.new_empty(n * rows * q)
@@ -274,6 +274,65 @@ def _along_table(train: Outer | Gather, val: Gather) -> Float[Tensor, "n 1"]:
     index = torch.searchsorted(known, train.ids.contiguous()).clamp(max=len(known) - 1)  # [n, R]
     hit = (known[index] == train.ids).unsqueeze(-1)
     return (table[index] * train.g * hit).sum((1, 2)).unsqueeze(1)
+
+
+def pair_own(one: Factor, other: Factor) -> Float[Tensor, " n"]:
+    """Dot products of each sample's gradients by two uses, `[n]`: the diagonal of `pair`."""
+    if isinstance(one, Own) or isinstance(other, Own):
+        raise TypeError("a tensor with a part for each sample has no pairs.")
+    if isinstance(one, Later) and isinstance(other, Later):
+        parts = [(a, other.part(k, k + len(a.grad))) for k, a in one.placed_chunks()]
+        return torch.cat([(a.grad * b.dense(b.shape)).flatten(1).sum(1) for a, b in parts])
+    if isinstance(other, Later):
+        return pair_own(other, one)
+    if isinstance(one, Later):
+        return torch.cat([pair_own(a, other.part(k, k + len(a.grad))) for k, a in one.placed_chunks()])
+    if isinstance(one, Dense) and isinstance(other, Dense):
+        return (one.grad.flatten(1) * other.grad.flatten(1)).sum(1)
+    if isinstance(other, Dense):
+        return pair_own(other, one)
+    if isinstance(one, Dense):
+        samples = range(len(one.grad))
+        shape = one.grad.shape[1:]
+        return torch.cat([along(other.part(s, s + 1), one.grad[s : s + 1].view(1, *shape))[:, 0] for s in samples])
+    n, positions = one.g.shape[:2]
+    step = max(1, _GRAM_BYTES // max(1, positions * other.g.shape[1] * one.g.element_size()))
+    blocks = []
+    for start in range(0, n, step):
+        a, b = one.part(start, start + step), other.part(start, start + step)
+        blocks.append((_left_gram_own(a, b) * _right(a).bmm(_right(b).transpose(1, 2))).sum((1, 2)))
+    return torch.cat(blocks)
+
+
+def _right(factor: Outer | Gather) -> Float[Tensor, "n r q"]:
+    return factor.g if isinstance(factor, Gather) else factor.right
+
+
+def _left_gram_own(one: Outer | Gather, other: Outer | Gather) -> Float[Tensor, "n r s"]:
+    """Left · left' for every pair of positions of the same sample, `[n, R, R']`."""
+    if isinstance(one, Gather) and isinstance(other, Gather):
+        return (one.ids[:, :, None] == other.ids[:, None, :]).to(one.g.dtype)
+    if isinstance(one, Gather):
+        return _left_gram_own(other, one).transpose(1, 2)
+    if isinstance(other, Gather):
+        columns = other.ids[:, None, :].expand(-1, one.left.shape[1], -1)
+        return one.left.gather(2, columns)
+    return one.left.bmm(other.left.transpose(1, 2))
+
+
+def scaled(factor: Factor, weights: Float[Tensor, " n"]) -> Factor:
+    """The factor of the samples' gradients times a weight for each."""
+    if isinstance(factor, Later):
+        rows = factor.rows
+
+        def weighted(start: int, stop: int) -> Tensor:
+            grads = rows(start, stop)
+            return grads * weights[start - factor.start : stop - factor.start].view(-1, *(1,) * (grads.dim() - 1))
+
+        return replace(factor, rows=weighted)
+    if isinstance(factor, Outer | Gather):
+        return replace(factor, g=factor.g * weights.view(-1, 1, 1).to(factor.g.dtype))
+    return replace(factor, grad=factor.grad * weights.view(-1, *(1,) * (factor.grad.dim() - 1)).to(factor.grad.dtype))
 
 
 def left_gram(train: Outer | Gather, val: Outer | Gather) -> Float[Tensor, "nr ms"]:

@@ -159,9 +159,13 @@ class Later:
 
     def chunks(self) -> Iterator[Dense]:
         """The samples in turn, as many at a time as fit the budget."""
+        return (chunk for _, chunk in self.placed_chunks())
+
+    def placed_chunks(self) -> Iterator[tuple[int, Dense]]:
+        """The same, each with the place of its first sample among these."""
         step = self.at_a_time(math.prod(self.shape), 8)
         for start in range(self.start, self.start + self.samples, step):
-            yield Dense(self.rows(start, min(start + step, self.start + self.samples)))
+            yield start - self.start, Dense(self.rows(start, min(start + step, self.start + self.samples)))
 
 
 Factor = Outer | Gather | Dense | Own | Later

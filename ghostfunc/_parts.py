@@ -29,6 +29,12 @@ class Part:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
+    def view(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor like the parameter."""
+        whole = tensor if tensor.is_contiguous() else tensor.contiguous()
+        offset = sum(start * stride for (start, _), stride in zip(self.box, whole.stride(), strict=True))
+        return whole.as_strided(self.shape, self.stride, whole.storage_offset() + offset)
+
     def apart_from(self, other: Part) -> bool:
         """Whether no entry is in both."""
         return any(a[1] <= b[0] or b[1] <= a[0] for a, b in zip(self.box, other.box, strict=True))

@@ -66,7 +66,7 @@ class Joint:
         for site in sites:
             if site.kind != "outer" or "dots" not in site.taps or site.tracked.root is None:
                 continue
-            others = [s for s in by_name[site.tracked.names[0]] if s is not site and _meet(s, site)]
+            others = [s for s in by_name[site.tracked.names[0]] if s is not site and meet(s, site)]
             look_ups = _look_ups(site)
             if others and (site.tracked.derivation is not None or any(s not in look_ups for s in others)):
                 continue
@@ -101,7 +101,7 @@ class Joint:
             return dots + self._through_directions(result, name, factors)
         for site, factor in factors.items():
             for other, val in factors.items():
-                if _meet(site, other):
+                if meet(site, other):
                     dots = dots + self._pair(factor.part(0, n), val.part(n, stop))
             for head, values in result.fused.items():
                 if site in _look_ups(head):
@@ -229,9 +229,9 @@ class WithSamples:
         """The validation rows of a weight that is used once, by a linear map."""
         if site.kind != "outer" or not self.names.intersection(site.tracked.names):
             return None
-        sites = [s for s in self.val.sites(site.tracked.names[0]) if _meet(s, site)]
+        sites = [s for s in self.val.sites(site.tracked.names[0]) if meet(s, site)]
         factor = self.val.factors.get(sites[0]) if len(sites) == 1 else None
-        if not isinstance(factor, Outer) or not _same(sites[0], site):
+        if not isinstance(factor, Outer) or not same(sites[0], site):
             return None
         return FromRows(factor.left, factor.right, each=True)
 
@@ -262,7 +262,7 @@ class WithSamples:
             return dots + along_sites(result, name, train, directions)
         for site, factor in train.items():
             for other, val_factor in val.items():
-                if _meet(site, other):
+                if meet(site, other):
                     dots = dots + pair(factor, val_factor)
         return dots
 
@@ -270,14 +270,14 @@ class WithSamples:
 Products = Joint | Along | WithSamples
 
 
-def _same(a: Site, b: Site) -> bool:
+def same(a: Site, b: Site) -> bool:
     """Whether two sites use the same entries of a parameter, in the same layout."""
     if a.tracked.derivation is None and b.tracked.derivation is None:
         return a.tracked.names == b.tracked.names
     return a.tracked.part is not None and a.tracked.part == b.tracked.part
 
 
-def _meet(a: Site, b: Site) -> bool:
+def meet(a: Site, b: Site) -> bool:
     """Whether two sites may use a common entry of a parameter."""
     if not set(a.tracked.names) & set(b.tracked.names):
         return False
@@ -289,7 +289,7 @@ def _pairable(train: Mapping[Site, Factor], val: Mapping[Site, Factor]) -> bool:
     """Whether every use is of the same entries as another, or of none of them: no direction has to be formed."""
     if any(isinstance(factor, Own) for factor in (*train.values(), *val.values())):
         return False
-    return all(_same(a, b) or not _meet(a, b) for a in train for b in val)
+    return all(same(a, b) or not meet(a, b) for a in train for b in val)
 
 
 def _look_ups(site: Site) -> list[Site]:

@@ -45,7 +45,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 @pytest.fixture(params=[1, 4 * 8 * 4, 1 << 30], ids=["one row", "some rows", "the whole weight"])
 def tile_bytes(request, monkeypatch):
-    monkeypatch.setattr(_contract, "_TILE_BYTES", request.param)
+    monkeypatch.setattr(_contract, "TILE_BYTES", request.param)
 
 
 @pytest.mark.parametrize(("order", "kind"), ORDERS)

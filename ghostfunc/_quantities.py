@@ -1,0 +1,434 @@
+"""Quantities: what can be asked of per-sample gradients, and how each is had from one weight's factors.
+
+For per-sample gradients G_i of a weight, validation gradients V_j, and sums over all weights:
+
+    Dot        sum <G_i, mean_j V_j>  or, with the axis "val",  sum <G_i, V_j>
+    Along      sum <G_i, D>
+    Gram       sum <G_i, G_j>
+    Norm       sqrt(sum <G_i, G_i>)
+    Project    P_in^T A_i^T G_i P_out of each weight
+    Clip       sum_i min(1, C / |G_i|) G_i
+    Stream     sum f(tile)
+
+A weight's share is had in one of two ways: from *pairs* of positions of its factors, or from the *tiles* of its
+per-sample gradients, which serve any number of quantities at once. The cheaper way for all of them together is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ghostfunc._axes import Axes, LayerOf, arrange, parse
+from ghostfunc._contract import MEMORY_BOUND, along, pair, pair_own, pair_sum
+from ghostfunc._factors import Factor, Gather, Outer
+from ghostfunc._kronecker import KroneckerProjection
+from ghostfunc._tiles import Block, Tile, tiles
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a quantity is accumulated for.
+
+    Attributes:
+        params: parameters by name.
+        names: those in play.
+        dtype: of contractions.
+        train: units of the train batch, n.
+        val: validation samples, m; 0 without any.
+    """
+
+    params: Mapping[str, Tensor]
+    names: tuple[str, ...]
+    dtype: torch.dtype
+    train: int
+    val: int
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros of the contractions' dtype, where the parameters are."""
+        return torch.zeros(shape, dtype=self.dtype, device=next(iter(self.params.values())).device)
+
+
+class Accumulator:
+    """The share of every weight in one quantity, summed up by parameter: `columns[name]`."""
+
+    val = ""  # what it needs of the validation samples: "", "sum" or "each"
+
+    def __init__(self, setting: Setting, *shape: int) -> None:
+        self.setting = setting
+        self.columns = {name: setting.zeros(*shape) for name in setting.names}
+
+    def add(self, name: str, share: Tensor) -> None:
+        """Add a weight's share."""
+        self.columns[name] = self.columns[name] + share
+
+    def pairs_cost(self, block: Block) -> float:
+        """FLOPs of the share from pairs; infinite where only tiles give it."""
+        raise NotImplementedError
+
+    def tile_cost(self, block: Block) -> float:
+        """FLOPs of the share from tiles that are there."""
+        raise NotImplementedError
+
+    def by_pairs(self, block: Block) -> None:
+        """Add a block's share from pairs."""
+        raise NotImplementedError
+
+    def by_tile(self, tile: Tile) -> None:
+        """Add a tile's share."""
+        raise NotImplementedError
+
+    def value(self) -> Any:
+        """The quantity, once every weight's share is in."""
+        raise NotImplementedError
+
+
+def accumulate(block: Block, accumulators: list[Accumulator], *, want_grad: bool) -> Tensor | None:
+    """Add a block's share to every quantity, at the least cost for all together.
+
+    Args:
+        block: the block.
+        accumulators: the quantities.
+        want_grad: whether the sum over the train samples is wanted.
+
+    Returns:
+        That sum, `[p, q]`, or None where it is not wanted or did not come by the way.
+    """
+    needs_val = [a for a in accumulators if a.val]
+    if not block.val:
+        accumulators = [a for a in accumulators if not a.val]
+    entries = len(block.train) * block.rows * block.cols
+    samples = accumulators[0].setting.train if accumulators else 0
+    making = block.making(block.train) + MEMORY_BOUND * samples * entries
+    making += block.making(block.val) if needs_val else 0
+    by_tiles = making + sum(min(a.tile_cost(block), a.pairs_cost(block)) for a in accumulators)
+    by_pairs = sum(a.pairs_cost(block) for a in accumulators) + want_grad * block.making(block.train)
+    if not accumulators:
+        return None
+    if by_pairs <= by_tiles:
+        for a in accumulators:
+            a.by_pairs(block)
+        return None
+    from_tiles = [a for a in accumulators if a.tile_cost(block) <= a.pairs_cost(block)]
+    grad: Tensor | None = None
+    for a in accumulators:
+        if not any(a is other for other in from_tiles):
+            a.by_pairs(block)
+    for tile in tiles(block, each_val=any(a.val == "each" for a in from_tiles)):
+        if want_grad and grad is None:
+            grad = tile.grads.new_empty(block.rows, block.cols)
+        if grad is not None:
+            torch.sum(tile.grads, 0, out=grad[tile.start : tile.stop])
+        for a in from_tiles:
+            a.by_tile(tile)
+    return grad
+
+
+def _positions(factors: tuple[Factor, ...]) -> list[int]:
+    return [f.g.shape[1] for f in factors if isinstance(f, Outer | Gather)]
+
+
+def _pairs(block: Block, ours: tuple[Factor, ...], theirs: tuple[Factor, ...], *, n: int, m: int) -> float:
+    """FLOPs of the products of every position of n samples with every position of m, use by use."""
+    width = block.rows + block.cols
+    by_positions = sum(2.0 * n * a * m * b * width for a in _positions(ours) for b in _positions(theirs))
+    dense = sum(not isinstance(f, Outer | Gather) for f in (*ours, *theirs))
+    return by_positions + dense * 2.0 * n * m * block.rows * block.cols
+
+
+# ---------------------------------------------------------------- what a user asks for
+
+
+@dataclass(frozen=True)
+class Dot:
+    """Dot products of the train samples' gradients with the validation gradients, as `ghost_grad_dot` gives them.
+
+    Attributes:
+        out: axes, of "param", "layer", "train" (or "sample") and "val".
+        reduction: "mean" or "sum" over the validation samples, where "val" is no axis.
+        layer_of: as in `ghost_grad_dot`.
+    """
+
+    out: str = "train"
+    reduction: str = "mean"
+    layer_of: LayerOf = ""
+
+    def start(self, setting: Setting) -> Accumulator:
+        """An empty accumulator."""
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction={self.reduction!r}: expected 'mean' or 'sum' over the validation samples.")
+        if not setting.val:
+            raise ValueError(f"{self}: a dot product with the validation gradient needs a validation batch.")
+        return _Dots(setting, self, parse(self.out, ("param", "layer", "train", "val")))
+
+
+class _Dots(Accumulator):
+    def __init__(self, setting: Setting, asked: Dot, axes: Axes) -> None:
+        self.each = axes.has("val")
+        super().__init__(setting, setting.train, setting.val if self.each else 1)
+        self.asked, self.axes = asked, axes
+        self.val = "each" if self.each else "sum"
+
+    def pairs_cost(self, block: Block) -> float:
+        s = self.setting
+        gram = _pairs(block, block.train, block.val, n=s.train, m=s.val)
+        if self.each:
+            return gram
+        return min(gram, block.making(block.val) * len(block.train) + block.making(block.train) * len(block.val))
+
+    def tile_cost(self, block: Block) -> float:
+        return 2.0 * self.setting.train * self.columns[block.name].shape[1] * block.rows * block.cols
+
+    def by_pairs(self, block: Block) -> None:
+        for ours in block.train:
+            for theirs in block.val:
+                self.add(block.name, (pair if self.each else pair_sum)(ours, theirs))
+
+    def by_tile(self, tile: Tile) -> None:
+        self.add(tile.name, tile.flat @ (tile.val if self.each else tile.val_sum).t())
+
+    def value(self) -> Any:
+        mean = not self.each and self.asked.reduction == "mean"
+        columns = self.columns if self.each else {name: c.squeeze(1) for name, c in self.columns.items()}
+        has = ("train", "val") if self.each else ("train",)
+        scale = 1.0 / self.setting.val if mean else 1
+        return arrange(columns, self.axes, has=has, scale=scale, layer_of=self.asked.layer_of)
+
+
+@dataclass(frozen=True, eq=False)
+class Along:
+    """Dot products of the samples' gradients with a direction, as `ghost_grad_along` gives them.
+
+    Attributes:
+        direction: a dict like the parameters.
+        out: axes, of "param", "layer" and "train" (or "sample").
+        layer_of: as in `ghost_grad_dot`.
+    """
+
+    direction: Mapping[str, Tensor]
+    out: str = "sample"
+    layer_of: LayerOf = ""
+
+    def start(self, setting: Setting) -> Accumulator:
+        """An empty accumulator."""
+        return _AlongDirection(setting, self, parse(self.out, ("param", "layer", "train")))
+
+
+class _AlongDirection(Accumulator):
+    def __init__(self, setting: Setting, asked: Along, axes: Axes) -> None:
+        super().__init__(setting, setting.train)
+        for name in setting.names:
+            given = asked.direction.get(name)
+            if given is None or given.shape != setting.params[name].shape:
+                shape = None if given is None else tuple(given.shape)
+                raise ValueError(
+                    f"direction[{name!r}] has shape {shape}; the parameter has {tuple(setting.params[name].shape)}."
+                )
+        self.asked, self.axes = asked, axes
+
+    def _direction(self, block: Block) -> Tensor:
+        return block.entries(self.asked.direction[block.name].to(self.setting.dtype))
+
+    def pairs_cost(self, block: Block) -> float:
+        return block.making(block.train)
+
+    def tile_cost(self, block: Block) -> float:
+        return 2.0 * self.setting.train * block.rows * block.cols
+
+    def by_pairs(self, block: Block) -> None:
+        direction = self._direction(block).reshape(1, *block.shape)
+        for factor in block.train:
+            self.add(block.name, along(factor, direction)[:, 0])
+
+    def by_tile(self, tile: Tile) -> None:
+        direction = self._direction(tile.block)[tile.start : tile.stop].reshape(-1, 1)
+        self.add(tile.name, (tile.flat @ direction)[:, 0])
+
+    def value(self) -> Any:
+        return arrange(self.columns, self.axes, has=("train",), layer_of=self.asked.layer_of)
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Dot products of every two train samples' gradients.
+
+    Attributes:
+        out: axes, of "param", "layer", "sample" (or "train") and "other", the sample that it is paired with.
+        layer_of: as in `ghost_grad_dot`.
+    """
+
+    out: str = "sample other"
+    layer_of: LayerOf = ""
+
+    def start(self, setting: Setting) -> Accumulator:
+        """An empty accumulator."""
+        return _Gram(setting, self, parse(self.out, ("param", "layer", "train", "other")))
+
+
+class _Gram(Accumulator):
+    def __init__(self, setting: Setting, asked: Gram, axes: Axes) -> None:
+        super().__init__(setting, setting.train, setting.train)
+        self.asked, self.axes = asked, axes
+
+    def pairs_cost(self, block: Block) -> float:
+        return _pairs(block, block.train, block.train, n=self.setting.train, m=self.setting.train)
+
+    def tile_cost(self, block: Block) -> float:
+        return 2.0 * self.setting.train**2 * block.rows * block.cols
+
+    def by_pairs(self, block: Block) -> None:
+        for place, one in enumerate(block.train):
+            self.add(block.name, pair(one, one))
+            for other in block.train[:place]:
+                cross = pair(one, other)
+                self.add(block.name, cross + cross.t())
+
+    def by_tile(self, tile: Tile) -> None:
+        self.add(tile.name, tile.flat @ tile.flat.t())
+
+    def value(self) -> Any:
+        return arrange(self.columns, self.axes, has=("train", "other"), layer_of=self.asked.layer_of)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Norms of the samples' gradients.
+
+    Attributes:
+        out: axes: "sample" (or "train"), and "param" or "layer" for norms of parts of the gradient.
+        layer_of: as in `ghost_grad_dot`.
+    """
+
+    out: str = "sample"
+    layer_of: LayerOf = ""
+
+    def start(self, setting: Setting) -> Accumulator:
+        """An empty accumulator."""
+        return Norms(setting, self.layer_of, parse(self.out, ("param", "layer", "train"), needed="train"))
+
+
+class Norms(Accumulator):
+    """Squared norms; their square root is the value."""
+
+    def __init__(self, setting: Setting, layer_of: LayerOf, axes: Axes) -> None:
+        super().__init__(setting, setting.train)
+        self.layer_of, self.axes = layer_of, axes
+        self.has: tuple[str, ...] = ("train",)
+
+    def pairs_cost(self, block: Block) -> float:
+        return _pairs(block, block.train, block.train, n=self.setting.train, m=1)
+
+    def tile_cost(self, block: Block) -> float:
+        return 2.0 * self.setting.train * block.rows * block.cols
+
+    def by_pairs(self, block: Block) -> None:
+        for place, one in enumerate(block.train):
+            self.add(block.name, pair_own(one, one))
+            for other in block.train[:place]:
+                self.add(block.name, 2 * pair_own(one, other))
+
+    def by_tile(self, tile: Tile) -> None:
+        self.add(tile.name, torch.bmm(tile.flat.unsqueeze(1), tile.flat.unsqueeze(2)).flatten())
+
+    def value(self) -> Any:
+        squares = arrange(self.columns, self.axes, has=self.has, layer_of=self.layer_of)
+        return pytree.tree_map(lambda square: square.clamp(min=0).sqrt(), squares)  # pairs may round below 0
+
+
+@dataclass(frozen=True, eq=False)
+class Project:
+    """The samples' gradients projected, as `ghost_grad_proj` gives them.
+
+    Attributes:
+        projection: as `kronecker_projection` gives.
+    """
+
+    projection: KroneckerProjection
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The sum of the samples' gradients, each scaled down to a norm, as `ghost_clipped_grad` gives it.
+
+    Attributes:
+        max_norm: the norm; or a norm for each of several groups of parameters, by a pattern as in `layers=`.
+    """
+
+    max_norm: float | int | Mapping[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """A function of per-sample gradient tiles, accumulated over all of them.
+
+    Attributes:
+        function: `function(tile) -> tensor or pytree of tensors`; `tile.grads` is `[S, rows, cols]`, `tile.name` the
+            parameter's name, `tile.of(tensor)` the same entries `[rows, cols]` of a tensor like the parameter.
+        out: what becomes of the results. "": their sum over all tiles. "param": `{name: sum over its tiles}`. "entry":
+            `[rows, cols]` for each tile, put in their places: a dict like the parameters.
+    """
+
+    function: Callable[[Tile], Any]
+    out: str = ""
+
+    def start(self, setting: Setting) -> Accumulator:
+        """An empty accumulator."""
+        if self.out not in ("", "param", "entry"):
+            raise ValueError(f"out={self.out!r}: expected '', 'param' or 'entry' for a stream.")
+        return _Streamed(setting, self)
+
+
+class _Streamed(Accumulator):
+    def __init__(self, setting: Setting, asked: Stream) -> None:
+        self.setting, self.asked = setting, asked
+        self.of_param: dict[str, Any] = {}
+        self.placed: dict[str, Tensor] = {}
+
+    def pairs_cost(self, block: Block) -> float:
+        return float("inf")
+
+    def tile_cost(self, block: Block) -> float:
+        return 0.0
+
+    def by_tile(self, tile: Tile) -> None:
+        value = self.asked.function(tile)
+        if self.asked.out == "entry":
+            self._put(tile, value)
+            return
+        before = self.of_param.get(tile.name)
+        value = pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, value)
+        self.of_param[tile.name] = value if before is None else pytree.tree_map(torch.add, before, value)
+
+    def _put(self, tile: Tile, value: Any) -> None:
+        expected = tuple(tile.grads.shape[1:])
+        if not isinstance(value, Tensor) or value.numel() != expected[0] * expected[1]:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"{tile.name}: the function gave {got} for a tile of shape {tuple(tile.grads.shape)}; with out='entry' "
+                f"it must give {expected}."
+            )
+        like = self.setting.params[tile.name]
+        if tile.name not in self.placed:
+            self.placed[tile.name] = torch.zeros(like.shape, dtype=value.dtype, device=value.device)
+        tile.put(self.placed[tile.name], value)
+
+    def value(self) -> Any:
+        if self.asked.out == "entry":
+            missing = [name for name in self.setting.names if name not in self.placed]
+            zeros = {name: torch.zeros_like(self.setting.params[name]) for name in missing}
+            return {name: self.placed.get(name, zeros.get(name)) for name in self.setting.names}
+        if self.asked.out == "param":
+            return self.of_param
+        values = list(self.of_param.values())
+        total = values[0] if values else None
+        for value in values[1:]:
+            total = pytree.tree_map(torch.add, total, value)
+        return total
+
+
+Quantity = Dot | Along | Gram | Norm | Project | Clip | Stream
