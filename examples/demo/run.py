@@ -50,13 +50,7 @@ PLAIN_STEP_EVERY = 10
 def main() -> None:
     """Do what is not done yet, then report."""
     start = time.monotonic()
-    corpus, data = DEMO / "corpus", DEMO / "data"
-    _run("examples/demo/build_corpus.py", ["--output", _shown(corpus)])
-    if (data / "meta.json").is_file():
-        print(f"\n== The tokens in {_shown(data)} are used again.")
-    else:
-        tokenizer = "examples/shared/data_processing/tokenize_pile_by_domain.py"
-        _run(tokenizer, ["--input", _shown(corpus), "--output_dir", _shown(data)])
+    data = prepare_data()
     options = [*training_options(data), "--results_dir", _shown(DEMO / "results")]
     options += ["--interleave_plain", str(PLAIN_STEP_EVERY)]
     with _stage("examples/GradDotProd_LM/main.py", options):
@@ -64,6 +58,18 @@ def main() -> None:
     print("\n== Report")
     print(make_report(run, data, DEMO))
     print(f"\nAll of this took {time.monotonic() - start:.0f} s.")
+
+
+def prepare_data() -> Path:
+    """Build the corpus and tokenize it, where that is not done yet; the folder of token files."""
+    corpus, data = DEMO / "corpus", DEMO / "data"
+    _run("examples/demo/build_corpus.py", ["--output", _shown(corpus)])
+    if (data / "meta.json").is_file():
+        print(f"\n== The tokens in {_shown(data)} are used again.")
+    else:
+        tokenizer = "examples/shared/data_processing/tokenize_pile_by_domain.py"
+        _run(tokenizer, ["--input", _shown(corpus), "--output_dir", _shown(data)])
+    return data
 
 
 def training_options(data: Path) -> list[str]:
