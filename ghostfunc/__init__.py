@@ -5,6 +5,7 @@ from ghostfunc._explain import explain
 from ghostfunc._factors import Dense, Gather, Outer
 from ghostfunc._functionalize import functionalize
 from ghostfunc._heads import attention_heads
+from ghostfunc._kronecker import KroneckerProjection, kronecker_projection
 from ghostfunc._losses import causal_lm_loss, classification_loss
 from ghostfunc._many import (
     ClippedGrad,
@@ -16,6 +17,7 @@ from ghostfunc._many import (
     ghost_quantities,
 )
 from ghostfunc._oracle import per_sample_grad
+from ghostfunc._projection import ghost_grad_proj
 from ghostfunc._quantities import Along, Clip, Dot, Gram, Norm, Project, Stream
 from ghostfunc._second_order import InRunValues, ghost_grad_hess_grad, in_run_values
 from ghostfunc._selection import greedy_select
@@ -47,6 +49,7 @@ __all__ = [
     "InRunShapley",
     "InRunValues",
     "InteractingSamples",
+    "KroneckerProjection",
     "Norm",
     "Outer",
     "Project",
@@ -68,10 +71,12 @@ __all__ = [
     "ghost_grad_gram",
     "ghost_grad_hess_grad",
     "ghost_grad_norm",
+    "ghost_grad_proj",
     "ghost_grad_stream",
     "ghost_quantities",
     "greedy_select",
     "in_run_values",
+    "kronecker_projection",
     "per_sample_grad",
     "read_dot_log",
     "value_and_grad_dot",
