@@ -10,11 +10,11 @@ from torch import Tensor
 SampleIds = Tensor | np.ndarray | Sequence[Any]
 
 
-def split_ids(caller: str, sample_ids: SampleIds, domains: Sequence[str] | None) -> tuple[list[int], list[str]]:
+def split_ids(argument: str, sample_ids: SampleIds, domains: Sequence[str] | None) -> tuple[list[int], list[str]]:
     """Return the integer ids and the domains, which are empty strings where there are none.
 
     Args:
-        caller: the argument that held the ids, for messages.
+        argument: the name of the argument that held the ids, for messages.
         sample_ids: integers or (domain, offset) pairs.
         domains: one per sample beside integers.
 
@@ -25,9 +25,9 @@ def split_ids(caller: str, sample_ids: SampleIds, domains: Sequence[str] | None)
     entries = sample_ids.tolist() if isinstance(sample_ids, (Tensor, np.ndarray)) else list(sample_ids)
     if any(isinstance(entry, (tuple, list)) for entry in entries):
         if domains is not None:
-            raise ValueError(f"{caller}: give domains either inside, as (domain, offset), or beside, as domains=.")
-        return [_integer(caller, offset) for _, offset in entries], [str(domain) for domain, _ in entries]
-    return [_integer(caller, entry) for entry in entries], [""] * len(entries) if domains is None else list(domains)
+            raise ValueError(f"give domains in {argument}, as (domain, offset), or as domains=, not in both places.")
+        return [_integer(argument, offset) for _, offset in entries], [str(domain) for domain, _ in entries]
+    return [_integer(argument, entry) for entry in entries], [""] * len(entries) if domains is None else list(domains)
 
 
 def names_of(sample_ids: Sequence[int], domains: Sequence[str]) -> list[str]:
@@ -36,8 +36,8 @@ def names_of(sample_ids: Sequence[int], domains: Sequence[str]) -> list[str]:
     return [f"sample {sample_id} of {domain}" if domain else f"sample {sample_id}" for sample_id, domain in pairs]
 
 
-def _integer(caller: str, entry: Any) -> int:
+def _integer(argument: str, entry: Any) -> int:
     try:
         return operator.index(entry)
     except TypeError as error:
-        raise TypeError(f"{caller}: expected integers or (domain, offset) pairs, not {entry!r}.") from error
+        raise TypeError(f"{argument}: expected integers or (domain, offset) pairs, not {entry!r}.") from error

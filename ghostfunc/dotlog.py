@@ -91,6 +91,7 @@ class DotLog:
         learning_rate: float,
         dots: Numbers,
         micro_step: int = 0,
+        second_order: Numbers | None = None,
     ) -> None:
         """Buffer the rows of one micro-batch of n samples; `save` writes them.
 
@@ -103,6 +104,7 @@ class DotLog:
             dots: `[n]`, <grad l_i, mean_j grad l_j> with i a train and j a val sample. Stored as given, non-finite ones
                 too.
             micro_step: the micro-batch's place within the iteration, under gradient accumulation.
+            second_order: `[n]`, the second-order part of the values, learning rate included; None where unknown.
 
         Raises:
             ValueError: if the columns differ in length, or the log already has rows of this micro-step or a later one.
@@ -122,6 +124,8 @@ class DotLog:
             "loss": to_list(losses),
             "dot": to_list(dots),
         }
+        if second_order is not None:
+            columns["second_order"] = to_list(second_order)
         n = len(columns["sample_id"])
         if any(len(column) != n for column in columns.values()):
             lengths = ", ".join(f"{name} {len(column)}" for name, column in columns.items())
@@ -129,7 +133,7 @@ class DotLog:
         if n == 0:
             return
         columns |= {"iteration": [iteration] * n, "micro_step": [micro_step] * n, "learning_rate": [learning_rate] * n}
-        schema = _schema()
+        schema = _schema(second_order=second_order is not None)
         arrays = [pa.array(columns[field.name], type=field.type) for field in schema]
         self._buffer.append(pa.record_batch(arrays, schema=schema))
         self._newest = (iteration, micro_step)
@@ -141,7 +145,7 @@ class DotLog:
             The file, or None when nothing is buffered. The buffer is kept when writing fails.
         """
         pa = _import_pyarrow()
-        table = pa.Table.from_batches(self._buffer, schema=_schema())
+        table = _concatenated([pa.Table.from_batches([rows]) for rows in self._buffer])
         if table.num_rows == 0:
             return None
         iteration, micro_step = table["iteration"][0].as_py(), table["micro_step"][0].as_py()
@@ -239,7 +243,8 @@ def read_dot_log(folder: str | os.PathLike) -> "pyarrow.Table":
         Columns iteration (int64), micro_step (int32), sample_id (int64), domain (string), loss (float32),
         learning_rate (float64), dot (float64); a row per sample and micro-step, sorted by iteration, micro_step and
         position in the batch. `dot` is <grad l_i, mean_j grad l_j>: positive where a plain gradient step on sample i
-        lowers the validation loss.
+        lowers the validation loss. Where the log has it (`order=2`), a last column second_order (float64): the value of
+        the sample in the step is then learning_rate / n * dot + second_order.
 
     Raises:
         ImportError: without pyarrow; `pip install "ghostfunc[log]"` brings it.
@@ -252,7 +257,7 @@ def read_dot_log(folder: str | os.PathLike) -> "pyarrow.Table":
         >>> dotlog.read_dot_log(log.folder).num_rows
         0
     """
-    pa = _import_pyarrow()
+    _import_pyarrow()
     log_folder = Path(folder)
     if (log_folder / "dot_log").is_dir():
         log_folder = log_folder / "dot_log"
@@ -262,26 +267,30 @@ def read_dot_log(folder: str | os.PathLike) -> "pyarrow.Table":
             f"{log_folder} is not a dot log: it has no {_CONFIG} and no dots-*.parquet. Expected a log's folder, or a "
             "run's folder with dot_log/ in it."
         )
-    return pa.concat_tables([_schema().empty_table(), *map(_read_rows, files)])
+    return _concatenated(list(map(_read_rows, files)))
 
 
 def _import_pyarrow() -> Any:
     return import_pyarrow("the dot log")
 
 
-def _schema() -> Any:
+def _schema(*, second_order: bool = False) -> Any:
     pa = _import_pyarrow()
-    return pa.schema(
-        [
-            ("iteration", pa.int64()),
-            ("micro_step", pa.int32()),
-            ("sample_id", pa.int64()),
-            ("domain", pa.string()),
-            ("loss", pa.float32()),
-            ("learning_rate", pa.float64()),
-            ("dot", pa.float64()),
-        ]
-    )
+    columns = [
+        ("iteration", pa.int64()),
+        ("micro_step", pa.int32()),
+        ("sample_id", pa.int64()),
+        ("domain", pa.string()),
+        ("loss", pa.float32()),
+        ("learning_rate", pa.float64()),
+        ("dot", pa.float64()),
+    ]
+    return pa.schema([*columns, ("second_order", pa.float64())] if second_order else columns)
+
+
+def _concatenated(tables: Sequence[Any]) -> Any:
+    """Rows after rows; a column that some of them lack is null there."""
+    return _import_pyarrow().concat_tables([_schema().empty_table(), *tables], promote_options="default")
 
 
 def _row_files(folder: Path) -> list[Path]:
@@ -300,7 +309,7 @@ def _read_rows(path: Path) -> Any:
         f"{_first_row(path)[0]}."
     )
     table = read_rows(path, remedy)
-    if not table.schema.equals(_schema()):
+    if not any(table.schema.equals(_schema(second_order=known)) for known in (False, True)):
         raise ValueError(f"{path} is not a file of a dot log: its columns are {', '.join(table.schema.names)}.")
     return table
 

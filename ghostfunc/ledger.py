@@ -291,9 +291,10 @@ class InRunShapley:
 
     @classmethod
     def from_dot_log(cls, folder: str | os.PathLike, *, run: str = "") -> "InRunShapley":
-        """First-order values of a dot log, `learning_rate / n * dot`, n being the samples of the row's iteration.
+        """Values of a dot log, `learning_rate / n * dot + second_order`, n being the samples of the row's iteration.
 
-        These are the values of plain gradient steps along the mean gradient of all samples of an iteration.
+        These are the values of steps along the mean gradient of all samples of an iteration. A log without the column
+        second_order gives first-order values.
 
         Args:
             folder: the log's, as for `read_dot_log`.
@@ -318,7 +319,9 @@ class InRunShapley:
                 "learning_rate / n * dot. Give the engine its optimizer=, or add(...) values yourself."
             )
         _, step_of, sizes = np.unique(iterations, return_inverse=True, return_counts=True)
-        values = rates / sizes[step_of] * dots
+        has_second = "second_order" in log.column_names
+        second = log["second_order"].fill_null(0.0).to_numpy() if has_second else np.zeros(len(log))
+        values = rates / sizes[step_of] * dots + second
         ids, domains = log["sample_id"].to_numpy(), log["domain"].to_pylist()
         ledger = cls(run=run, rank=0)
         borders = np.flatnonzero(np.diff(iterations) | np.diff(micro_steps)) + 1
@@ -330,6 +333,7 @@ class InRunShapley:
                     domains=domains[start:stop],
                     iteration=int(iterations[start]),
                     micro_step=int(micro_steps[start]),
+                    second_order=second[start:stop],
                 )
         return ledger
 

@@ -313,7 +313,7 @@ def test_bad_arguments_are_named() -> None:
         ledger.add([1, 2], [1.0, 2.0], domains=["law"], iteration=0)
     with pytest.raises(TypeError, match=r"integers or \(domain, offset\) pairs, not 0\.5"):
         ledger.add([0.5, 2], [1.0, 2.0], iteration=0)
-    with pytest.raises(ValueError, match="either inside"):
+    with pytest.raises(ValueError, match="give domains in sample_ids"):
         ledger.add([("law", 1)], [1.0], domains=["law"], iteration=0)
     with pytest.raises(ValueError, match="iteration=-1"):
         ledger.add([1], [1.0], iteration=-1)

@@ -1,0 +1,398 @@
+"""The engine: dot products inside an ordinary PyTorch loop.
+
+A thin layer over `functionalize` and `value_and_grad_dot`. `engine(X, Y)` computes losses, gradients and dots at once;
+the loss that it returns is tied to the module's parameters by one `autograd.Function` whose backward hands over the
+gradients that are already there. So `.grad` gets the mean *training* gradient through autograd itself: it accumulates,
+and loss scaling, clipping and any optimizer work unchanged. Nothing is hooked, patched or stored on the module.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ghostfunc._engine_batch import AttachedBatch, as_batch, positions, require_one_of, size_of
+from ghostfunc._engine_gradient import Pending, loss_with_gradient
+from ghostfunc._engine_scores import Scorer, Scores
+from ghostfunc._functionalize import LossFn, _default_call
+from ghostfunc._losses import causal_lm_loss
+from ghostfunc._sample_ids import SampleIds, names_of, split_ids
+from ghostfunc.dotlog import DotLog
+
+_OUTS = ("train", "param train", "train val")
+_SCHEDULES = ("auto", "joint", "two-phase")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class EngineOutput:
+    """What `engine(X, Y)` returns.
+
+    Attributes:
+        loss: the mean training loss, a scalar whose `backward()` adds the mean training gradient to `.grad`.
+        losses: `[n]`, the loss of each training sample.
+        val_losses: `[m]`, the loss of each validation sample; None under `method="Regular"`.
+        dots: `[n]`, <grad l_i, mean_j grad l_j>, i a training and j a validation sample (or what `out` asks for); None
+            under `method="Regular"`. Free of the loss's scaling and of any division by micro-steps.
+        values: `[n]`, In-Run Data Shapley values, as at `GradDotProdEngine.values`.
+        second_order: `[n]`, as at `GradDotProdEngine.second_order`.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    val_losses: Tensor | None
+    dots: Any
+    values: Tensor | None = None
+    second_order: Tensor | None = None
+
+
+class GradDotProdEngine:
+    """Gradient dot products with a validation batch, at every step of a training loop that stays as it is.
+
+    Replace `model(...)` by `engine(...)`; after `loss.backward()`, `.grad` holds the mean training gradient, as after a
+    plain step, to rounding (None for a parameter that the loss does not depend on).
+    The validation rows never enter it.
+
+    Args:
+        module: the model. Its trainable parameters are looked up at each call, so that freezing, `module.to(...)` and
+            optimizer steps are seen.
+        val_batch: what the dots refer to: a dict, or a tuple `(X, Y)`.
+        loss: `loss(output, batch) -> losses[B]`, as in `functionalize`. Under `causal_lm_loss` (the default), X are
+            token ids `[B, T]`, Y the labels beside them (`[B, T]`, *not* shifted: the loss shifts once), and the batch
+            is `{"input_ids": X, "labels": Y}`. Under any other, it is `(X, Y)`. A dict X gives `{**X, "labels": Y}`.
+        call: `call(module, batch) -> output`, as in `functionalize`.
+        optimizer: read for the learning rate of the values and the log (its first group's, when the engine is called).
+        log: a `DotLog` for the dots; None keeps the last micro-batch's at `engine.dots`, and stores nothing.
+        save_interval: `should_save_metrics(iteration)` holds at its multiples.
+        out: `"train"`, `"param train"` (dots by parameter; the log stores their sum) or `"train val"` (`[n, m]`; the
+            log stores the mean over the validation samples).
+        layers: restricts the dots, never the gradient, to matching parameters, as in `value_and_grad_dot`.
+        schedule: `"auto"`, `"joint"` or `"two-phase"`, as in `value_and_grad_dot`.
+        precondition: a function of the validation gradient, as in `value_and_grad_dot`.
+        dtype: of the dots, as in `value_and_grad_dot`.
+        order: 1, or 2 for the values' second-order part as well, by `in_run_values`: a Hessian-vector product of the
+            validation loss at each call. Needs `optimizer`. Dots are the same to rounding.
+
+    Attributes:
+        dots: the last call's dots, detached; None before.
+        values: `[n]`, the last call's values, `lr / n * dot + second_order`: the decrease of the mean validation loss
+            that the sample makes in a step on this micro-batch, in the loss's unit (In-Run Data Shapley, arXiv
+            2406.11011, section 4). None before, and without an optimizer. Such a step is
+            `lr * precondition(gradient)`: plain gradient descent, unless a `precondition` says otherwise
+            (`gf.adam(optimizer, model)`); clipping, momentum and weight decay are in it only as far as the
+            precondition has them. Under accumulation over k equal micro-batches divide first-order values by k.
+        second_order: `[n]`, the second-order part of `values`; None for order 1. Its sum over j runs over the samples
+            of one call, which therefore have to be the whole batch of the optimizer's step: micro-batches interact.
+        losses: the last call's per-sample losses `[n]`, detached; None before.
+
+    Raises:
+        ValueError: for an unknown `out`, `schedule` or `order`, or a `save_interval` below 1; for order 2 without an
+            optimizer, or with an `out` or a `schedule` other than the default.
+
+    Under autocast (`with torch.autocast(...)` around the call) forwards run in the autocast dtype, and backwards, as
+    they do in a plain loop, outside it. Under float16 the engine scales losses inside and takes the scale out again,
+    so that small gradients do not vanish and `torch.amp.GradScaler` sees a loss, and gradients, as it does without the
+    engine.
+
+    Example:
+        >>> import torch, ghostfunc as gf
+        >>> from ghostfunc.engine import GradDotProdEngine
+        >>> model, draw = torch.nn.Linear(4, 3), lambda n: (torch.randn(n, 4), torch.randint(3, (n,)))
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> engine = GradDotProdEngine(model, draw(2), loss=gf.classification_loss)
+        >>> for _ in range(3):
+        ...     engine(*draw(5)).loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> engine.dots.shape
+        torch.Size([5])
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        val_batch: Any,
+        *,
+        loss: LossFn = causal_lm_loss,
+        call: Callable[[nn.Module, Any], Any] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        log: DotLog | None = None,
+        save_interval: int = 10,
+        out: str = "train",
+        layers: str = "",
+        schedule: str = "auto",
+        precondition: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        dtype: torch.dtype | None = None,
+        order: int = 1,
+    ) -> None:
+        require_one_of("out", out, _OUTS)
+        require_one_of("schedule", schedule, _SCHEDULES)
+        if save_interval < 1:
+            raise ValueError(f"save_interval={save_interval}: expected a number of iterations, 1 or more.")
+        if order not in (1, 2):
+            raise ValueError(f"order={order!r}: expected 1 (dot products) or 2 (the Hessian too).")
+        if order == 2 and optimizer is None:
+            raise ValueError("order=2 needs optimizer=: the second-order part depends on the learning rate.")
+        if order == 2 and (out, schedule) != ("train", "auto"):
+            raise ValueError(f"order=2 takes neither out={out!r} nor schedule={schedule!r}: leave their defaults.")
+        self.module = module
+        self.loss_fn = loss
+        self.call = call or _default_call
+        self.optimizer = optimizer
+        self.log = log
+        self.save_interval = save_interval
+        self.dots: Any = None
+        self.losses: Tensor | None = None
+        self.values: Tensor | None = None
+        self.second_order: Tensor | None = None
+        options = {"layers": layers, "precondition": precondition, "dtype": dtype}
+        self._order = order
+        self._scorer = Scorer(
+            loss, self.call, order, options if order == 2 else options | {"out": out, "schedule": schedule}
+        )
+        self._val_batch = None if val_batch is None else self._as_val_batch(val_batch)
+        self._attached: AttachedBatch | None = None
+        self._latest: tuple[int, int] | None = None  # (iteration, micro_step) of the last call with an attached batch
+        self._unlogged: list[dict[str, Any]] = []
+        self._pending = Pending()
+        self._detached = False
+
+    def attach_train_batch(
+        self, X: Any, Y: Any, iteration: int, batch_idx: SampleIds, *, domains: Sequence[str] | None = None
+    ) -> None:
+        """Say which samples the next call will see, for the log and for error messages.
+
+        Args:
+            X: the inputs, as in the call.
+            Y: the labels, as in the call.
+            iteration: the optimizer step. Micro-steps of an iteration are counted by the engine.
+            batch_idx: `[n]` sample ids, integers or `(domain, offset)` pairs.
+            domains: `[n]` domain names, where `batch_idx` are integers; otherwise empty strings are logged.
+
+        Raises:
+            ValueError: if the number of ids or domains is not the number of samples, or Y does not fit X.
+        """
+        n = size_of(self._as_batch(X, Y))
+        sample_ids, names = split_ids("batch_idx", batch_idx, domains)
+        if not len(sample_ids) == len(names) == n:
+            raise ValueError(
+                f"attach_train_batch: the batch has {n} samples, but there are {len(sample_ids)} ids in batch_idx and "
+                f"{len(names)} domains; expected one of each per sample."
+            )
+        self._attached = AttachedBatch(iteration, sample_ids, names)
+
+    def prepare_forward_input(self, X: Any, Y: Any) -> tuple[Any, Any]:
+        """Return `(X, Y)` unchanged: whether validation rows join the batch is decided inside the call (`schedule`)."""
+        return X, Y
+
+    def __call__(self, X: Any = None, Y: Any = None, /, **inputs: Any) -> EngineOutput:
+        """Compute losses, the mean training gradient and the dots of one micro-batch.
+
+        Args:
+            X: the inputs: a tensor `[n, ...]` or a dict of them.
+            Y: the labels `[n, ...]`; None where `loss` needs none, or X holds them.
+            **inputs: instead of X and Y, the model's keywords with `labels` for Y: `engine(input_ids=X, labels=Y)`.
+
+        Returns:
+            The losses and dots; `.loss.backward()` deposits the gradient.
+
+        Raises:
+            RuntimeError: if the engine is detached for evaluation, or has a log and no attached batch.
+            ValueError: if there is no validation batch, the batch differs in size from the attached one, or Y does not
+                fit X.
+            FloatingPointError: if a loss or a dot is not finite; the message names the samples.
+        """
+        batch = self._batch_of_call(X, Y, inputs)
+        if self._detached:
+            raise RuntimeError(
+                "the engine is detached for evaluation: call the module itself for evaluation losses, and "
+                "reattach_after_evaluation() before the next training step."
+            )
+        if self.log is not None and self._attached is None:
+            raise RuntimeError(
+                "the engine has a log but no attached batch: call attach_train_batch(X, Y, iteration, batch_idx) "
+                "before each engine(X, Y), micro-steps included, so that the log knows its samples."
+            )
+        n = size_of(batch)
+        if self._attached is not None and len(self._attached.sample_ids) != n:
+            raise ValueError(
+                f"the engine was called with {n} samples, but attach_train_batch was given "
+                f"{len(self._attached.sample_ids)}; attach the batch that the call will see."
+            )
+        if self._val_batch is None:
+            raise ValueError("no validation batch: pass val_batch, or call update_validation_batch(X_val, Y_val).")
+        micro_step = self._micro_step()
+        if self._order == 2 and micro_step > 0:
+            raise ValueError(
+                "order=2 needs the whole batch of an optimizer's step in one call, because its samples interact; this "
+                "is the second call of one iteration. Enlarge the batch, or use order=1."
+            )
+        scores = self._scores(batch)
+        dots = scores.dots_per_sample
+        self._require_finite("dot", dots, self._sample_names(n))
+        learning_rate = float(self.optimizer.param_groups[0]["lr"]) if self.optimizer else math.nan
+        values = None if math.isnan(learning_rate) else learning_rate / n * dots
+        second_order = None
+        if values is not None and scores.curved is not None:
+            second_order = learning_rate**2 * scores.curved
+            self._require_finite("second-order term", second_order, self._sample_names(n))
+            values = values + second_order
+
+        self.losses, self.dots, self.values, self.second_order = scores.losses, scores.dots, values, second_order
+        if self._attached is not None:
+            self._latest = (self._attached.iteration, micro_step)
+        if self.log is not None:
+            self._remember_rows(micro_step, learning_rate, dots)
+        self._attached = None
+        loss = loss_with_gradient(scores.losses, scores.grads, scores.unused, self.module, self._pending)
+        return EngineOutput(loss, scores.losses, scores.val_losses, scores.dots, values, second_order)
+
+    def prepare_gradients(self) -> None:
+        """Check, before the optimizer's step, that every call's `loss.backward()` has run. `.grad` is then complete.
+
+        Raises:
+            RuntimeError: if the engine was not called since the last `prepare_gradients`, or a backward is missing.
+        """
+        calls, backwards = self._pending.calls, self._pending.backwards
+        if calls == 0:
+            raise RuntimeError("prepare_gradients: the engine has not been called since the last prepare_gradients().")
+        if backwards < calls:
+            raise RuntimeError(
+                f"prepare_gradients: loss.backward() ran {backwards} times for {calls} engine calls; call it on the "
+                "loss of every engine(X, Y) first, or there is no gradient to step with."
+            )
+        self._pending = Pending()
+
+    def aggregate_and_log(self) -> None:
+        """Hand the dots of all calls since the last time to the log, one row per sample.
+
+        Call it once per micro-batch or once per iteration, before or after `prepare_gradients`. Without a log it does
+        nothing: the last dots are at `engine.dots`.
+        """
+        if self.log is not None:
+            while self._unlogged:
+                self.log.append(**self._unlogged[0])
+                self._unlogged.pop(0)
+
+    def should_save_metrics(self, iteration: int) -> bool:
+        """Whether there is a log and `iteration` is a multiple of `save_interval`."""
+        return self.log is not None and iteration % self.save_interval == 0
+
+    def save_metrics(self, iteration: int) -> Path | None:
+        """Write everything logged so far to disk.
+
+        Args:
+            iteration: the current iteration; rows carry their own, so that it is not needed here.
+
+        Returns:
+            The new file, or None if there was nothing to write.
+        """
+        self.aggregate_and_log()
+        return self.log.save() if self.log is not None else None
+
+    def clear_gradients(self) -> None:
+        """Forget calls whose `loss.backward()` has not run. `.grad` belongs to the optimizer: `zero_grad` clears it."""
+        self._pending = Pending()
+
+    def detach_for_evaluation(self) -> None:
+        """Refuse calls until `reattach_after_evaluation`, so that no evaluation batch gets into the log.
+
+        Evaluation calls the module itself. As nothing is attached to it there is nothing to take off, and its training
+        or evaluation mode is left as it is: `module.eval()` and `module.train()` stay the loop's.
+        """
+        self._detached = True
+
+    def reattach_after_evaluation(self) -> None:
+        """Accept calls again."""
+        self._detached = False
+
+    def update_validation_batch(self, X_val: Any, Y_val: Any = None) -> None:
+        """Let later dots refer to another validation batch.
+
+        Args:
+            X_val: the inputs, or a dict that holds all.
+            Y_val: the labels.
+
+        Raises:
+            ValueError: if there is a log: its dots refer to the one validation batch that it stores; or Y does not
+                fit X.
+        """
+        if self.log is not None:
+            raise ValueError(
+                f"the log in {self.log.folder} stores one validation batch, which its dots refer to. Before "
+                "update_validation_batch, call save_metrics and set engine.log to None or a DotLog in another folder."
+            )
+        self._val_batch = self._as_batch(X_val, Y_val)
+
+    def cleanup(self) -> None:
+        """Write what is not saved yet. Call it at the end, in a `finally` for runs that may fail."""
+        self.aggregate_and_log()
+        if self.log is not None:
+            self.log.save()
+        self._attached = None
+        self._pending = Pending()
+
+    def _batch_of_call(self, X: Any, Y: Any, inputs: dict[str, Any]) -> Any:
+        if inputs:
+            if X is not None or Y is not None:
+                raise TypeError("the engine takes either X and Y or the model's keywords, not both.")
+            Y = inputs.pop("labels", None)
+            X = inputs["input_ids"] if inputs.keys() == {"input_ids"} else inputs
+        return self._as_batch(X, Y)
+
+    def _as_batch(self, X: Any, Y: Any) -> Any:
+        return as_batch(X, Y, is_text=self.loss_fn is causal_lm_loss)
+
+    def _as_val_batch(self, val_batch: Any) -> Any:
+        return self._as_batch(*val_batch) if isinstance(val_batch, (tuple, list)) else self._as_batch(val_batch, None)
+
+    def _scores(self, batch: Any) -> Scores:
+        device = next(self.module.parameters()).device
+        val_batch = pytree.tree_map_only(Tensor, lambda t: t.to(device), self._val_batch)
+        try:
+            return self._scorer.scores(self.module, batch, val_batch)
+        except ValueError:
+            # The transform knows rows of the batch; whoever attached the batch wants to read which samples they are.
+            val_losses, losses = (self._scorer.losses(self.module, rows) for rows in (val_batch, batch))
+            self._require_finite("validation loss", val_losses, positions(len(val_losses)))
+            self._require_finite("training loss", losses, self._sample_names(len(losses)))
+            raise
+
+    def _micro_step(self) -> int:
+        """The place of the attached batch among those of its iteration."""
+        if self._attached is None or self._latest is None or self._latest[0] != self._attached.iteration:
+            return 0
+        return self._latest[1] + 1
+
+    def _remember_rows(self, micro_step: int, learning_rate: float, dots: Tensor) -> None:
+        assert self._attached is not None
+        self._unlogged.append(
+            {
+                "iteration": self._attached.iteration,
+                "micro_step": micro_step,
+                "sample_ids": self._attached.sample_ids,
+                "domains": self._attached.domains,
+                "losses": self.losses,
+                "dots": dots,
+                "learning_rate": learning_rate,
+                "second_order": self.second_order,
+            }
+        )
+
+    def _require_finite(self, what: str, values: Tensor, names: list[str]) -> None:
+        if values.isfinite().all():
+            return
+        bad = (~values.isfinite()).nonzero().flatten().tolist()
+        shown = "; ".join(f"{names[i]} ({values[i].item():g})" for i in bad[:8])
+        when = f" in iteration {self._attached.iteration}" if self._attached is not None else ""
+        raise FloatingPointError(
+            f"the {what} of {len(bad)} of {len(values)} samples is not finite{when}: {shown}. Nothing was logged or "
+            "deposited. Look at these samples, lower the learning rate, or clip gradients."
+        )
+
+    def _sample_names(self, n: int) -> list[str]:
+        return positions(n) if self._attached is None else names_of(self._attached.sample_ids, self._attached.domains)
