@@ -432,13 +432,32 @@ def test_a_function_of_the_user() -> None:
 
 def test_inside_vmap() -> None:
     """Over an ensemble of parameters: the values of each."""
-    model_fn, params, batch = mlp(DOUBLE, CPU)
+    model_fn, params, batch = BY_NAME["gpt2 tied"].make(DOUBLE, CPU)
     train, val = batch(N, 1), batch(M, 2)
     members = [params, {name: 1.5 * p for name, p in params.items()}]
     stacked = {name: torch.stack([member[name] for member in members]) for name in params}
     actual = torch.func.vmap(lambda p: gf.ghost_grad_hess_grad(model_fn, p, train, val))(stacked)
     expected = torch.stack([gf.ghost_grad_hess_grad(model_fn, member, train, val) for member in members])
-    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["gpt2 tied", "norms"])
+def test_derivatives_of_it(name: str) -> None:
+    """Third derivatives of the validation loss, by grad and by jvp of the call, against differences of its results."""
+    model_fn, params, batch = BY_NAME[name].make(DOUBLE, CPU)
+    train, val = batch(N, 1), batch(M, 2)
+    tangent = {key: torch.randn_like(p) for key, p in params.items()}
+
+    def form(p: Params) -> Tensor:
+        return gf.ghost_grad_hess_grad(model_fn, p, train, val)
+
+    size = 0.01 / flat(tangent).norm()
+    at = {k: form({key: p + k * size * tangent[key] for key, p in params.items()}) for k in range(-4, 5)}
+    expected = torch.stack([c * (at[k] - at[-k]) for k, c in DIFFERENCES.items()]).sum(0) / size
+    actual = torch.func.jvp(form, (params,), (tangent,))[1]
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
+    gradient = torch.func.grad(lambda p: form(p).sum())(params)
+    torch.testing.assert_close((flat(gradient) * flat(tangent)).sum(), actual.sum(), rtol=1e-10, atol=1e-10)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
