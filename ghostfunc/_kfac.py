@@ -1,0 +1,410 @@
+"""K-FAC and EK-FAC preconditioners: the factors of runs over a data loader, summed to Fisher blocks of each parameter.
+
+    linear maps, convolutions, look-ups    a matrix [p, q], its gradients sums of outer products: a Kronecker product
+    anything else (biases, scales, ...)    gradients as they are, [numel, 1]: the full Fisher matrix, or its diagonal
+
+A parameter whose parts are used as matrices of their own (experts, heads) has a block for each of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ghostfunc._batch import batch_size, plain
+from ghostfunc._call import Call, Layers, checked
+from ghostfunc._errors import UnsupportedUse
+from ghostfunc._factors import Gather, Later, Outer
+from ghostfunc._fisher import Block, FisherPreconditioner, damped
+from ghostfunc._functionalize import ModelFn
+from ghostfunc._moments import Matrix, Rows
+from ghostfunc._run import Run, base_factor
+
+
+@dataclass(eq=False)
+class _Parameter:
+    """A parameter, and the matrices that its entries are used as.
+
+    Attributes:
+        name: its name.
+        shape: its shape.
+        max_side: as of `Matrix`.
+        matrices: those met so far; no entry is in two of them.
+        dense: whether the gradients are taken as they are, by one matrix [numel, 1].
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    max_side: int
+    matrices: list[Matrix] = field(default_factory=list)
+    dense: bool = False
+
+    @property
+    def numel(self) -> int:
+        """The number of entries."""
+        return math.prod(self.shape)
+
+    def uses(self, result: Run, *, grow: bool) -> Iterator[tuple[Matrix, list[Rows]]]:
+        """A run's gradients: each matrix with the factors of its uses; where they are dense, a few samples at a time.
+
+        Args:
+            result: the run.
+            grow: whether there may be matrices that were not met before.
+
+        Raises:
+            UnsupportedUse: if moments of matrices were summed already, and this run's uses are none of them.
+        """
+        sites = result.sites(self.name)
+        if not sites:
+            return
+        found = None if self.dense else self._as_matrices(result, grow)
+        if found is not None:
+            yield from found
+            return
+        if not self.dense and (self.matrices or not grow):
+            raise UnsupportedUse(
+                f"{self.name} {self.shape}: this batch uses it ({', '.join(site.op for site in sites)}) in another way "
+                "than the batches before, so that their moments do not add up. Leave the parameter out with layers=.",
+                (self.name,),
+            )
+        if not self.dense:
+            self.dense = True
+            self.matrices = [Matrix((self.numel, 1), None, self.max_side)]
+        samples = len(result.losses)
+        step = Later.at_a_time(self.numel, 8)
+        for start in range(0, samples, step):
+            stop = min(start + step, samples)
+            parts = [base_factor(result, s, result.factors[s].part(start, stop), self.name) for s in sites]
+            grads = torch.stack([part.dense(self.shape).reshape(stop - start, -1) for part in parts]).sum(0)
+            grads = grads.to(sites[0].dtype).unsqueeze(1)  # [s, 1, numel]
+            yield self.matrices[0], [Outer(torch.ones_like(grads[..., :1]), grads)]
+
+    def _as_matrices(self, result: Run, grow: bool) -> list[tuple[Matrix, list[Rows]]] | None:
+        """Factors by matrix; None where a use is of no matrix, or of entries that another matrix has too."""
+        order: Tensor | None = None
+        matrices = list(self.matrices)
+        factors: dict[Matrix, list[Rows]] = {}
+        for site in result.sites(self.name):
+            factor, tracked = result.factors[site], site.tracked
+            if not isinstance(factor, (Outer, Gather)) or tracked.root is None:
+                return None
+            q = (factor.g if isinstance(factor, Gather) else factor.right).shape[-1]
+            shape = (tracked.real.numel() // max(1, q), q)
+            entries = None
+            if tracked.derivation is not None:
+                order = torch.arange(self.numel, device=tracked.real.device) if order is None else order
+                entries = tracked.replay({self.name: order.view(self.shape)}).reshape(-1)
+                entries = None if torch.equal(entries, order) else entries
+            matrix = next((m for m in matrices if m.is_of(shape, entries)), None)
+            if matrix is None:
+                matrix = Matrix(shape, entries, self.max_side)
+                if not grow or not _apart(matrix, matrices, self.numel):
+                    return None
+                matrices.append(matrix)
+            factors.setdefault(matrix, []).append(factor)
+        self.matrices = matrices
+        return list(factors.items())
+
+    def blocks(self, dtype: torch.dtype, device: torch.device) -> list[Block]:
+        """The parameter's blocks, not damped yet; entries that no matrix has have a block of zeros."""
+        blocks = [matrix.block for matrix in self.matrices if matrix.block is not None]
+        if any(block.entries is None for block in blocks):
+            return blocks
+        rest = torch.ones(self.numel, dtype=torch.bool, device=device)
+        for block in blocks:
+            rest[block.entries] = False
+        entries = rest.nonzero().flatten()
+        if not blocks or len(entries):
+            zeros = torch.zeros(len(entries), 1, dtype=dtype, device=device)
+            blocks.append(Block(zeros, 0.0, entries=entries if blocks else None))
+        return blocks
+
+    def how(self) -> str:
+        """What its Fisher blocks are made of."""
+        if not self.matrices:
+            return "unused, its Fisher matrix is zero"
+        p, q = self.matrices[0].shape
+        if self.dense:
+            return f"full Fisher {p} x {p}" if p <= self.max_side else f"diagonal Fisher of {p} entries"
+        words = [f"Kronecker {p} x {q}"]
+        if len(self.matrices) > 1:
+            words = [f"{len(self.matrices)} parts, each Kronecker {p} x {q}"]
+            if len({matrix.shape for matrix in self.matrices}) > 1:
+                words = ["parts, Kronecker " + ", ".join(f"{p} x {q}" for p, q in (m.shape for m in self.matrices))]
+        longer = sorted({side for matrix in self.matrices for side in matrix.shape if side > self.max_side})
+        words += [f"diagonal on the side of {side}" for side in longer]
+        kinds = max((tuple(matrix.sums) for matrix in self.matrices), key=len)
+        if len(kinds) > 1:
+            words.append(f"nearest to the sum over {', '.join(kinds)}")
+        unused = self.numel - sum(math.prod(matrix.shape) for matrix in self.matrices)
+        if unused:
+            words.append(f"{unused} entries unused, their Fisher matrix is zero")
+        return "; ".join(words)
+
+
+def _apart(matrix: Matrix, others: list[Matrix], numel: int) -> bool:
+    """Whether a matrix has each of its entries once, and none that another one has."""
+    if matrix.entries is None:
+        return not others
+    if any(other.entries is None for other in others):
+        return False
+    times = torch.bincount(matrix.entries, minlength=numel)
+    return bool((times <= 1).all()) and not any(bool(times[o.entries].any()) for o in others)
+
+
+def kfac(
+    model_fn: ModelFn,
+    params: Mapping[str, Tensor],
+    batches: Iterable[Any],
+    *,
+    damping: float = 0.1,
+    relative: bool = True,
+    max_side: int = 4096,
+    dtype: torch.dtype | None = None,
+    layers: Layers = "",
+    has_aux: bool = False,
+    on_unsupported: str = "raise",
+    randomness: str = "different",
+) -> FisherPreconditioner:
+    """A K-FAC preconditioner: (F + lambda I)^-1 with Kronecker-factored blocks of the empirical Fisher matrix.
+
+    F = mean_i grad l_i grad l_i^T, the Fisher matrix of the per-sample losses (l_i as `model_fn` returns it, a mean
+    over tokens where it is one), taken block by block. A weight `[d_out, d_in]` of linear maps, whose gradient in
+    sample i is sum_r g_r a_r^T over its positions r, has (Martens and Grosse, arXiv 1503.05671; several positions and
+    uses: "K-FAC expand" of Eschenhagen et al., arXiv 2311.00636)
+
+        F_w ~ G x A / (N M)        A = sum a_r a_r^T [d_in, d_in], G = sum g_r g_r^T [d_out, d_out]
+        P V = U_G ((U_G^T V U_A) / (s_G s_A^T / (N M) + lambda)) U_A^T          G = U_G s_G U_G^T, A = U_A s_A U_A^T
+
+    over N samples and M positions. "Expand" takes the positions' terms as independent of each other, because each
+    token of a language model has a loss of its own; it is exact for one position and activations that are independent
+    of the grad-outputs. `ekfac` corrects the eigenvalues where they are not. Dropout is off.
+
+    Every parameter in play has a block, and `.how` and the repr say which:
+
+    - weights of linear maps and convolutions (of their windows): as above. Uses of one kind count as more positions.
+    - look-up tables: the same, a one-hot activation's moment being the diagonal of the counts.
+    - weights that are looked up and multiplied (tied heads): the Kronecker product nearest to the sum of the two.
+    - parts that are matrices of their own (experts, halves of a fused weight): a block each.
+    - biases, norm scales, grouped convolutions, whatever else: the full matrix of per-sample gradients, which
+      is exact.
+    - a side, or a full matrix, that is longer than `max_side`: its diagonal (the vocabulary's side of a head).
+    - parameters that the losses do not depend on: F = 0.
+
+    Args:
+        model_fn: `model_fn(params, batch) -> losses[B]`. For the true Fisher matrix, pass one whose losses are those
+            of labels sampled from the model's own (detached) logits.
+        params: parameters by name.
+        batches: batches, of any sizes; a DataLoader. Tensors are moved to the parameters' device. A batch's factors
+            are in memory together: activations and grad-outputs of every layer.
+        damping: positive. lambda = damping x the mean eigenvalue of the parameter's block, which has no
+            unit; or damping itself, in squared entries of gradients.
+        relative: which of the two. Relative, a parameter with F = 0 gets P V = 0 (its pseudo-inverse); absolute,
+            V / lambda.
+        max_side: the longest side whose second moment is built and diagonalised, `[max_side, max_side]`.
+        dtype: of the sums and of the result, as in `ghost_grad_dot`.
+        layers: as in `ghost_grad_dot`; the others are not in the result, so that a call about them needs the same.
+        has_aux: `model_fn` returns `(losses, aux)`; aux is dropped.
+        on_unsupported: as in `ghost_grad_dot`.
+        randomness: as in `ghost_grad_dot`, for anything but dropout.
+
+    Returns:
+        A `FisherPreconditioner` for `precondition=`; it can be saved.
+
+    Raises:
+        ValueError: for no batches, losses or gradients that are not finite, damping that is not positive, or layers
+            that match nothing.
+        UnsupportedUse: as in `ghost_grad_dot`, or if batches use a parameter in ways whose moments do not add up.
+        InteractingSamples: as in `ghost_grad_dot`.
+
+    Cost, of a linear map over n positions: 4 n d_in d_out + 2 n (d_in^2 + d_out^2) FLOPs for each batch, where a
+    training step takes 6 n d_in d_out (1.3 steps for a square weight, 2.1 for 1:4, less for a head with one long side);
+    then eigenvectors once, of each side, which takes longer than a few batches do (GPT-2 small: 24 of 3072).
+
+    Example:
+        >>> import torch, ghostfunc as gf
+        >>> model_fn, params = gf.functionalize(torch.nn.Linear(4, 3), gf.classification_loss)
+        >>> train, val = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(2)]
+        >>> preconditioner = gf.kfac(model_fn, params, [train], damping=0.1)
+        >>> gf.ghost_grad_dot(model_fn, params, train, val, precondition=preconditioner).shape
+        torch.Size([8])
+    """
+    return _fisher(
+        "kfac",
+        model_fn,
+        params,
+        batches,
+        damping,
+        relative,
+        max_side,
+        dtype=dtype,
+        layers=layers,
+        has_aux=has_aux,
+        on_unsupported=on_unsupported,
+        randomness=randomness,
+    )
+
+
+def ekfac(
+    model_fn: ModelFn,
+    params: Mapping[str, Tensor],
+    batches: Iterable[Any],
+    *,
+    damping: float = 0.1,
+    relative: bool = True,
+    max_side: int = 4096,
+    dtype: torch.dtype | None = None,
+    layers: Layers = "",
+    has_aux: bool = False,
+    on_unsupported: str = "raise",
+    randomness: str = "different",
+) -> FisherPreconditioner:
+    """An EK-FAC preconditioner: K-FAC's eigenvectors with the exact second moments of per-sample gradients along them.
+
+    P V = U_G ((U_G^T V U_A) / (S + lambda)) U_A^T with S = mean_i (U_G^T G_i U_A)^2, entry by entry, G_i the whole
+    gradient of sample i over all positions and uses (George et al., arXiv 1806.03884). Of all matrices with these
+    eigenvectors it is the nearest to the Fisher matrix in Frobenius' norm, and has its trace. S takes a second pass
+    over the batches; per-sample gradients are made from the factors tile by tile, never `[B, d_out, d_in]`.
+
+    Args:
+        model_fn: as in `kfac`.
+        params: as in `kfac`.
+        batches: as in `kfac`; they are gone through twice, so that an iterator will not do.
+        damping: as in `kfac`; the mean eigenvalue is that of S.
+        relative: as in `kfac`.
+        max_side: as in `kfac`.
+        dtype: as in `kfac`.
+        layers: as in `kfac`.
+        has_aux: as in `kfac`.
+        on_unsupported: as in `kfac`.
+        randomness: as in `kfac`.
+
+    Returns:
+        A `FisherPreconditioner`, whose blocks are those of `kfac` with other eigenvalues.
+
+    Raises:
+        TypeError: if `batches` is an iterator.
+        ValueError: as in `kfac`.
+        UnsupportedUse: as in `kfac`.
+        InteractingSamples: as in `kfac`.
+
+    Cost beside `kfac`: the second pass takes 6 n d_in d_out + 2 n (d_in^2 + d_out^2) FLOPs for a linear map, 1.7 steps
+    for a square weight.
+
+    Example:
+        >>> import torch, ghostfunc as gf
+        >>> model_fn, params = gf.functionalize(torch.nn.Linear(4, 3), gf.classification_loss)
+        >>> batches = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(2)]
+        >>> preconditioner = gf.ekfac(model_fn, params, batches)
+        >>> preconditioner(params)["weight"].shape
+        torch.Size([3, 4])
+    """
+    return _fisher(
+        "ekfac",
+        model_fn,
+        params,
+        batches,
+        damping,
+        relative,
+        max_side,
+        dtype=dtype,
+        layers=layers,
+        has_aux=has_aux,
+        on_unsupported=on_unsupported,
+        randomness=randomness,
+    )
+
+
+def _fisher(
+    kind: str,
+    model_fn: ModelFn,
+    params: Mapping[str, Tensor],
+    batches: Iterable[Any],
+    damping: float,
+    relative: bool,
+    max_side: int,
+    **options: Any,
+) -> FisherPreconditioner:
+    call = checked(model_fn, params, **options)
+    if not 0 < damping < math.inf:
+        raise ValueError(
+            f"damping={damping!r}: expected a positive finite number, or directions without curvature blow up."
+        )
+    if max_side < 1:
+        raise ValueError(f"max_side={max_side!r}: expected a side of 1 or more.")
+    if isinstance(batches, (Tensor, Mapping)):
+        raise TypeError(f"batches is one batch, a {type(batches).__name__}; expected an iterable of batches: [batch].")
+    if kind == "ekfac" and iter(batches) is batches:
+        raise TypeError(
+            "batches is an iterator, which ends after one pass; ekfac needs two: pass a list or a DataLoader."
+        )
+    parameters = [_Parameter(name, tuple(p.shape), max_side) for name, p in call.params.items() if name in call.names]
+
+    samples = 0
+    for result in _runs(call, batches):
+        samples += len(result.losses)
+        with _plainly(call.device):
+            for parameter in parameters:
+                for matrix, factors in parameter.uses(result, grow=True):
+                    for factor in factors:
+                        matrix.add(factor)
+    _check_samples(samples, "batches is empty")
+    for parameter in parameters:
+        for matrix in parameter.matrices:
+            if not matrix.is_finite():
+                raise ValueError(
+                    f"{parameter.name} {parameter.shape}: the second moments of its gradients over `batches` are not "
+                    "finite, though the losses are. Look at operations with an infinite derivative (sqrt at 0, norms "
+                    "of 0), or use dtype=torch.float64 if they overflow."
+                )
+            matrix.diagonalise(samples)
+
+    if kind == "ekfac":
+        again = 0
+        for result in _runs(call, batches):
+            again += len(result.losses)
+            with _plainly(call.device):
+                for parameter in parameters:
+                    for matrix, factors in parameter.uses(result, grow=False):
+                        matrix.add_squares(factors)
+        _check_samples(again, "the second pass over batches gave nothing")
+        for matrix in (matrix for parameter in parameters for matrix in parameter.matrices):
+            matrix.correct(again)
+
+    return FisherPreconditioner(
+        kind,
+        {p.name: damped(p.blocks(call.dtype, call.device), p.numel, damping, relative=relative) for p in parameters},
+        {p.name: p.shape for p in parameters},
+        {p.name: p.how() for p in parameters},
+        left_out=tuple(name for name in call.params if name not in call.names),
+        samples=samples,
+        damping=damping,
+        relative=relative,
+    )
+
+
+def _check_samples(samples: int, otherwise: str) -> None:
+    if not samples:
+        raise ValueError(f"{otherwise}: the Fisher matrix is a mean over at least one sample.")
+
+
+def _runs(call: Call, batches: Iterable[Any]) -> Iterator[Run]:
+    for number, batch in enumerate(batches):
+        what = f"batches[{number}]"
+        batch = pytree.tree_map_only(Tensor, lambda t: t.to(call.device), plain(batch))
+        samples = batch_size(batch, what)
+        yield call.run(batch, samples, train=samples, factors=call.names, dropout=False, batches=((what, samples),))
+
+
+@contextmanager
+def _plainly(device: torch.device) -> Iterator[None]:
+    """Nothing is recorded for a derivative, and nothing cast."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
