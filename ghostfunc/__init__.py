@@ -17,6 +17,7 @@ from ghostfunc._many import (
     ghost_quantities,
 )
 from ghostfunc._oracle import per_sample_grad
+from ghostfunc._preconditioners import adafactor, adam, diagonal
 from ghostfunc._projection import ghost_grad_proj
 from ghostfunc._quantities import Along, Clip, Dot, Gram, Norm, Project, Stream
 from ghostfunc._second_order import InRunValues, ghost_grad_hess_grad, in_run_values
@@ -59,9 +60,12 @@ __all__ = [
     "UnsupportedUse",
     "ValueAndGradDot",
     "VerificationError",
+    "adafactor",
+    "adam",
     "attention_heads",
     "causal_lm_loss",
     "classification_loss",
+    "diagonal",
     "explain",
     "functionalize",
     "ghost_clipped_grad",
