@@ -14,19 +14,20 @@ directions at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ghostfunc._batch import batch_size, plain
+from ghostfunc._call import Call, Layers, Params, checked, one_direction, product_columns
 from ghostfunc._curvature import Curvature, curvature
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._nesting import unrecorded
 from ghostfunc._products import Along
 from ghostfunc._run import Run
-from ghostfunc._transforms import _Call, _checked, _one_direction, _product_columns, value_and_grad_dot
+from ghostfunc._transforms import value_and_grad_dot
 
 Direction = dict[str, Tensor]
 Precondition = Callable[..., Direction]
@@ -66,13 +67,13 @@ class _Terms(NamedTuple):
 
 def ghost_grad_hess_grad(
     model_fn: ModelFn,
-    params: Mapping[str, Tensor],
+    params: Params,
     train: Any,
     val: Any,
     *,
     precondition: Precondition | None = None,
     dtype: torch.dtype | None = None,
-    layers: str | Callable[[str], bool] = "",
+    layers: Layers = "",
     has_aux: bool = False,
     on_unsupported: str = "raise",
     randomness: str = "different",
@@ -122,7 +123,7 @@ def ghost_grad_hess_grad(
         >>> gf.ghost_grad_hess_grad(model_fn, params, train, val).shape
         torch.Size([5])
     """
-    call = _checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness)
+    call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness)
     terms = _terms(call, train, val, precondition)
     h = terms.second * len(terms.second)
     return (h, terms.train.aux) if has_aux else h
@@ -130,7 +131,7 @@ def ghost_grad_hess_grad(
 
 def in_run_values(
     model_fn: ModelFn,
-    params: Mapping[str, Tensor],
+    params: Params,
     train: Any,
     val: Any,
     *,
@@ -138,7 +139,7 @@ def in_run_values(
     order: int = 2,
     precondition: Precondition | None = None,
     dtype: torch.dtype | None = None,
-    layers: str | Callable[[str], bool] = "",
+    layers: Layers = "",
     has_aux: bool = False,
     on_unsupported: str = "raise",
     randomness: str = "different",
@@ -205,7 +206,7 @@ def in_run_values(
         values = InRunValues(dots.losses, dots.val_losses, dots.grads, first, torch.zeros_like(first), first.clone())
         values.unused = dots.unused
     else:
-        call = _checked(model_fn, params, **options)
+        call = checked(model_fn, params, **options)
         terms = _terms(call, train, val, precondition)
         aux, n = terms.train.aux, len(terms.first)
         first = terms.first * lr / n
@@ -223,11 +224,10 @@ def _check_lr(lr: float | Tensor) -> None:
         raise ValueError(f"lr={lr!r}: the learning rate must be finite.")
 
 
-def _terms(call: _Call, train: Any, val: Any, precondition: Precondition | None) -> _Terms:
+def _terms(call: Call, train: Any, val: Any, precondition: Precondition | None) -> _Terms:
     train, val = plain(train), plain(val)
     n, m = batch_size(train, "train"), batch_size(val, "val")
-    device = next(iter(call.params.values())).device
-    weights = torch.full((n,), 1.0 / n, dtype=torch.float64, device=device)
+    weights = call.weights(n, 1.0 / n)
     result = call.run(train, n, train=n, grads=True, weights=weights, factors=call.names, batches=(("train", n),))
     mean = result.grads
 
@@ -243,13 +243,13 @@ def _terms(call: _Call, train: Any, val: Any, precondition: Precondition | None)
         if update is not None:
             step = _twice_without(update(mean), step)
     everywhere = call._replace(names=frozenset(call.params))
-    step = {name: u.squeeze(0) for name, u in _one_direction(step, everywhere).items()}
+    step = {name: u.squeeze(0) for name, u in one_direction(step, everywhere).items()}
     found = curvature(call.model_fn, call.params, val, m, step, has_aux=call.has_aux, randomness=call.randomness)
     with unrecorded():
-        slope = _one_direction(preconditioned(found.gradient), call)
-        curved = _one_direction(preconditioned(found.product), call)
+        slope = one_direction(preconditioned(found.gradient), call)
+        curved = one_direction(preconditioned(found.product), call)
         directions = {name: torch.cat([slope[name], curved[name]]) for name in call.names}
-    columns = _product_columns(Along(call.names, n, directions, 2), result, call.names)
+    columns = product_columns(Along(call.names, n, directions, 2), result, call.names)
     first, second = (torch.stack(list(columns.values())).sum(0) * n).unbind(1)  # the factors are those of l_i / n
     return _Terms(result, found, first, second)
 
