@@ -23,6 +23,7 @@ from ghostfunc._quantities import Along, Clip, Dot, Gram, Norm, Project, Stream
 from ghostfunc._second_order import InRunValues, ghost_grad_hess_grad, in_run_values
 from ghostfunc._selection import greedy_select
 from ghostfunc._tiles import Tile
+from ghostfunc._tracin import TracIn, tracin
 from ghostfunc._transforms import (
     ValueAndGradDot,
     ghost_factors,
@@ -57,6 +58,7 @@ __all__ = [
     "Quantities",
     "Stream",
     "Tile",
+    "TracIn",
     "UnsupportedUse",
     "ValueAndGradDot",
     "VerificationError",
@@ -83,6 +85,7 @@ __all__ = [
     "kronecker_projection",
     "per_sample_grad",
     "read_dot_log",
+    "tracin",
     "value_and_grad_dot",
     "verify",
 ]
