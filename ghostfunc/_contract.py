@@ -282,13 +282,13 @@ def pair_own(one: Factor, other: Factor) -> Float[Tensor, " n"]:
         raise TypeError("a tensor with a part for each sample has no pairs.")
     if isinstance(one, Later) and isinstance(other, Later):
         parts = [(a, other.part(k, k + len(a.grad))) for k, a in one.placed_chunks()]
-        return torch.cat([(a.grad * b.dense(b.shape)).flatten(1).sum(1) for a, b in parts])
+        return torch.cat([(a.grad * b.dense(b.shape)).reshape(len(a.grad), -1).sum(1) for a, b in parts])
     if isinstance(other, Later):
         return pair_own(other, one)
     if isinstance(one, Later):
         return torch.cat([pair_own(a, other.part(k, k + len(a.grad))) for k, a in one.placed_chunks()])
     if isinstance(one, Dense) and isinstance(other, Dense):
-        return (one.grad.flatten(1) * other.grad.flatten(1)).sum(1)
+        return (one.grad * other.grad).reshape(len(one.grad), -1).sum(1)
     if isinstance(other, Dense):
         return pair_own(other, one)
     if isinstance(one, Dense):

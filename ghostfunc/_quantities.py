@@ -67,11 +67,11 @@ class Accumulator:
         """Add a weight's share."""
         self.columns[name] = self.columns[name] + share
 
-    def pairs_cost(self, block: Block) -> float:
+    def pairs_cost(self, block: Block) -> float | int:
         """FLOPs of the share from pairs; infinite where only tiles give it."""
         raise NotImplementedError
 
-    def tile_cost(self, block: Block) -> float:
+    def tile_cost(self, block: Block) -> float | int:
         """FLOPs of the share from tiles that are there."""
         raise NotImplementedError
 
@@ -133,7 +133,7 @@ def _positions(factors: tuple[Factor, ...]) -> list[int]:
     return [f.g.shape[1] for f in factors if isinstance(f, Outer | Gather)]
 
 
-def _pairs(block: Block, ours: tuple[Factor, ...], theirs: tuple[Factor, ...], *, n: int, m: int) -> float:
+def _pairs(block: Block, ours: tuple[Factor, ...], theirs: tuple[Factor, ...], *, n: int, m: int) -> float | int:
     """FLOPs of the products of every position of n samples with every position of m, use by use."""
     width = block.rows + block.cols
     by_positions = sum(2.0 * n * a * m * b * width for a in _positions(ours) for b in _positions(theirs))
@@ -174,14 +174,14 @@ class _Dots(Accumulator):
         self.asked, self.axes = asked, axes
         self.val = "each" if self.each else "sum"
 
-    def pairs_cost(self, block: Block) -> float:
+    def pairs_cost(self, block: Block) -> float | int:
         s = self.setting
         gram = _pairs(block, block.train, block.val, n=s.train, m=s.val)
         if self.each:
             return gram
         return min(gram, block.making(block.val) * len(block.train) + block.making(block.train) * len(block.val))
 
-    def tile_cost(self, block: Block) -> float:
+    def tile_cost(self, block: Block) -> float | int:
         return 2.0 * self.setting.train * self.columns[block.name].shape[1] * block.rows * block.cols
 
     def by_pairs(self, block: Block) -> None:
@@ -234,10 +234,10 @@ class _AlongDirection(Accumulator):
     def _direction(self, block: Block) -> Tensor:
         return block.entries(self.asked.direction[block.name].to(self.setting.dtype))
 
-    def pairs_cost(self, block: Block) -> float:
+    def pairs_cost(self, block: Block) -> float | int:
         return block.making(block.train)
 
-    def tile_cost(self, block: Block) -> float:
+    def tile_cost(self, block: Block) -> float | int:
         return 2.0 * self.setting.train * block.rows * block.cols
 
     def by_pairs(self, block: Block) -> None:
@@ -275,10 +275,10 @@ class _Gram(Accumulator):
         super().__init__(setting, setting.train, setting.train)
         self.asked, self.axes = asked, axes
 
-    def pairs_cost(self, block: Block) -> float:
+    def pairs_cost(self, block: Block) -> float | int:
         return _pairs(block, block.train, block.train, n=self.setting.train, m=self.setting.train)
 
-    def tile_cost(self, block: Block) -> float:
+    def tile_cost(self, block: Block) -> float | int:
         return 2.0 * self.setting.train**2 * block.rows * block.cols
 
     def by_pairs(self, block: Block) -> None:
@@ -320,10 +320,10 @@ class Norms(Accumulator):
         self.layer_of, self.axes = layer_of, axes
         self.has: tuple[str, ...] = ("train",)
 
-    def pairs_cost(self, block: Block) -> float:
+    def pairs_cost(self, block: Block) -> float | int:
         return _pairs(block, block.train, block.train, n=self.setting.train, m=1)
 
-    def tile_cost(self, block: Block) -> float:
+    def tile_cost(self, block: Block) -> float | int:
         return 2.0 * self.setting.train * block.rows * block.cols
 
     def by_pairs(self, block: Block) -> None:
@@ -389,10 +389,10 @@ class _Streamed(Accumulator):
         self.of_param: dict[str, Any] = {}
         self.placed: dict[str, Tensor] = {}
 
-    def pairs_cost(self, block: Block) -> float:
+    def pairs_cost(self, block: Block) -> float | int:
         return float("inf")
 
-    def tile_cost(self, block: Block) -> float:
+    def tile_cost(self, block: Block) -> float | int:
         return 0.0
 
     def by_tile(self, tile: Tile) -> None:

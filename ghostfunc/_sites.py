@@ -191,8 +191,9 @@ class Site:
             samples = self.rows(samples)
             if isinstance(samples, Lost):
                 raise UnsupportedUse(
-                    f"{self.label}: segments= needs each row of the result of `{self.op}` at one position of the "
-                    f"batch, and here it is not known ({samples.reason}). Leave the parameter out with layers=.",
+                    f"{self.label}: segments= and the axis 'token' need each row of the result of `{self.op}` at one "
+                    f"position of the batch, and here it is not known ({samples.reason}). Leave the parameter out with "
+                    "layers=.",
                     self.tracked.names,
                 )
         if not isinstance(samples, Partition):

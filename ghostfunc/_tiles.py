@@ -77,12 +77,14 @@ class Tile:
             tile: copy what is to be kept.
         start: the first row, counted in the block.
         block: what the rows are rows of.
+        each_val: whether each validation sample's tile is wanted too.
     """
 
     name: str
     grads: Tensor
     start: int
     block: Block
+    each_val: bool = False
 
     @property
     def stop(self) -> int:
@@ -111,6 +113,8 @@ class Tile:
     @cached_property
     def val_sum(self) -> Tensor:
         """Their sum: `[1, rows * cols]`."""
+        if self.each_val:
+            return self.val.sum(0, keepdim=True)
         return sum(_summed(self.block, f, self.start, self.stop) for f in self.block.val).reshape(1, -1)  # type: ignore[union-attr]
 
 
@@ -132,7 +136,7 @@ def tiles(block: Block, *, each_val: bool = False) -> Iterator[Tile]:
     buffer = None if functorch_level() is not None else first.new_empty(len(first) * step * block.cols)
     for start in range(0, block.rows, step):
         stop = min(start + step, block.rows)
-        yield Tile(block.name, _made(block, block.train, start, stop, buffer), start, block)
+        yield Tile(block.name, _made(block, block.train, start, stop, buffer), start, block, each_val)
 
 
 def _first(factors: tuple[Factor, ...]) -> Tensor:
