@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from ghostfunc.dotlog import read_dot_log
+from ghostfunc.ledger import InRunShapley
 from GradDotProd_LM import config_file
 from GradDotProd_LM.main import build_parser, main
 from GradDotProd_LM.training_loop import Trainer
@@ -98,6 +99,11 @@ def assert_same_run(run, other):
         assert torch.equal(weight, weights(other)[name]), name
     assert (run / "evaluations.csv").read_text() == (other / "evaluations.csv").read_text()
     assert read_dot_log(run).equals(read_dot_log(other))
+    assert values(run).equals(values(other))
+
+
+def values(run):
+    return InRunShapley(run / "values").by_sample()
 
 
 def assert_same_training(run, other):
@@ -131,7 +137,7 @@ def test_train_sh_runs_both_methods_from_any_folder(options, tmp_path):
     ghost, regular = sorted((tmp_path / "results").iterdir())
     assert ghost.name.startswith("GradDotProd-") and regular.name.startswith("Regular-")
     assert read_dot_log(ghost).num_rows == 3 * 4
-    assert not (regular / "dot_log").exists()
+    assert not (regular / "dot_log").exists() and not (regular / "values").exists()
     assert (ghost / "timing.json").exists() and (regular / "timing.json").exists()
     assert_same_training(ghost, regular)
 
@@ -249,6 +255,52 @@ def test_a_run_that_failed_keeps_its_rows_and_continues_from_its_checkpoint(
     assert_same_run(run, main([*long, "--results_dir", str(tmp_path / "whole")]))
 
 
+def assert_ledger_is_that_of_the_log(run):
+    ledger, logged = values(run), InRunShapley.from_dot_log(run).by_sample()
+    for column in ("domain", "sample_id", "visits"):
+        assert ledger[column].equals(logged[column])
+    for column in ("value", "second_order"):
+        found, expected = ledger[column].to_numpy(), logged[column].to_numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("arguments", [["--gradient_accumulation_steps", 3], ["--order", 2]], ids=str)
+def test_the_ledger_has_the_values_that_the_log_leads_to(options, arguments):
+    run = main(options("--max_steps", 4, "--checkpoint_interval", 2, *arguments))
+    assert_ledger_is_that_of_the_log(run)
+    assert sum(values(run)["visits"].to_pylist()) == read_dot_log(run).num_rows
+    assert (np.abs(values(run)["second_order"].to_numpy()).max() > 0) == ("--order" in arguments)
+
+
+@pytest.mark.parametrize("metric", ["sgd", "adam"])
+def test_order_two_trains_as_order_one_does_and_its_first_order_values_are_the_same(options, metric):
+    common = options("--metric", metric, "--optimizer", "sgd" if metric == "sgd" else "adam")
+    first, second = (main([*common, "--order", order]) for order in ("1", "2"))
+    assert_same_training(first, second)
+    dots, others = (read_dot_log(run)["dot"].to_numpy() for run in (first, second))
+    np.testing.assert_allclose(dots, others, rtol=0, atol=1e-4 * np.abs(dots).max())
+    np.testing.assert_allclose(
+        values(second)["first_order"].to_numpy(), values(first)["value"].to_numpy(), rtol=1e-3, atol=1e-6
+    )
+    assert np.abs(values(second)["second_order"].to_numpy()).max() > 0
+
+
+def test_a_run_of_order_two_killed_outright_continues_to_the_same_values(options, tmp_path):
+    long = options("--max_steps", 24, "--eval_interval", 100, "--checkpoint_interval", 4, "--order", 2)
+    process = start([*long, "--results_dir", tmp_path / "cut"])
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("cut/*/values/*.parquet"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before its second checkpoint"
+        time.sleep(0.005)
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    (run,) = (tmp_path / "cut").iterdir()
+    assert len(set(values(run)["sample_id"].to_pylist())) >= 8 and sum(values(run)["visits"].to_pylist()) < 24 * 4
+    assert main([*long, "--results_dir", str(tmp_path / "cut")]) == run
+    assert_same_run(run, main([*long, "--results_dir", str(tmp_path / "whole")]))
+
+
 def test_a_complete_run_is_reused_and_fresh_starts_over(options, capsys):
     run = main(options())
     before = (run / "timing.json").stat().st_mtime_ns
@@ -345,6 +397,11 @@ def test_interleaved_plain_steps_are_timed_and_change_nothing(options, tmp_path)
         (["--model_dtype", "float16"], "--model_dtype float32 --train_dtype float16"),
         (["--model_dtype", "bfloat16", "--train_dtype", "float32"], "autocast starts from float32 weights"),
         (["--method", "Regular", "--interleave_plain", "2"], "--interleave_plain compares with --method GradDotProd"),
+        (["--method", "Regular", "--order", "2"], "--order and --metric are about --method GradDotProd"),
+        (["--metric", "adam", "--optimizer", "sgd"], "use it with --optimizer adamw or adam"),
+        (["--order", "3"], "argument --order: invalid choice: 3"),
+        (["--order", "2", "--gradient_accumulation_steps", "2"], "Use a larger --batch_size, or --order 1"),
+        (["--order", "2", "--train_dtype", "float16"], "Use bfloat16"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -88,6 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--learning_rate", type=_positive_float, default=3e-4, help="the peak; a tenth of it at the end")
     add("--warmup_step", type=_natural, default=2000, help="steps of linear warm-up")
     add("--optimizer", choices=list(OPTIMIZERS), default="adamw")
+    add("--order", type=int, choices=[1, 2], default=1, help="2: values with the validation loss's curvature")
+    add("--metric", choices=["sgd", "adam"], default="sgd", help="whose step dots and values speak of")
     add("--seed", type=_natural, default=42)
     add("--train_set", default="pile", help="pile, comma-separated domain names, or a folder of .bin files")
     add("--val_set", default="pile", help="likewise")
@@ -134,6 +136,17 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         )
     if options.interleave_plain and options.method == "Regular":
         parser.error("--interleave_plain compares with --method GradDotProd; with Regular every step is plain")
+    if options.method == "Regular" and (options.order, options.metric) != (1, "sgd"):
+        parser.error("--order and --metric are about --method GradDotProd; Regular computes no values")
+    if options.metric == "adam" and options.optimizer == "sgd":
+        parser.error("--metric adam reads Adam's state: use it with --optimizer adamw or adam")
+    if options.order == 2 and options.gradient_accumulation_steps > 1:
+        parser.error(
+            "--order 2 with --gradient_accumulation_steps: the samples of a step interact, and each micro-batch knows "
+            "only its own. Use a larger --batch_size, or --order 1."
+        )
+    if options.order == 2 and options.train_dtype == "float16":
+        parser.error("--order 2 with float16: scaled losses have a curvature that it cannot hold. Use bfloat16.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         parser.error("LAUNCHER started several processes, but this example trains in one: use LAUNCHER=python")
     return options

@@ -1,7 +1,7 @@
 """The training loop: one step is the same for both methods but for where its gradient comes from.
 
 A run is a sequence of steps that can be cut between any two of them. Batches are a function of (seed, step), so that a
-checkpoint of model, optimizer and random numbers, together with the log's rows up to it, is the whole state.
+checkpoint of model, optimizer and random numbers, with the log's rows and the ledger's values up to it, is the state.
 """
 
 import json
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostfunc.dotlog import DotLog
-from ghostfunc.engine import GhostEngineManager
+import ghostfunc as gf
 from shared.dataloader import Batch, Corpora
 from shared.training_utils import (
     Evaluations,
@@ -117,15 +116,20 @@ class Trainer:
         resume_at = None if options.eval_only else self.done
         self.evaluations = Evaluations(run.folder / "evaluations.csv", resume_at=resume_at)
         self.engine = self._build_engine()
+        self.ledger: gf.InRunShapley | None = None
+        if options.method == "GradDotProd" and not options.eval_only:
+            self.ledger = gf.InRunShapley(run.folder / "values")
+            self.ledger.resume(self.done)
         self.timings = Timings()
 
-    def _build_engine(self) -> GhostEngineManager:
+    def _build_engine(self) -> gf.GhostEngineManager:
         options = self.options
         val = self.run.corpora.val.sample(options.val_batch_size, seed=options.seed, step=0).tokens  # [m, T]
-        engine = GhostEngineManager(options, self.model, self.optimizer, val_data=(val, val))
+        metric = gf.adam(self.optimizer, self.model) if options.metric == "adam" else None
+        engine = gf.GhostEngineManager(options, self.model, self.optimizer, val_data=(val, val), precondition=metric)
         if options.method == "GradDotProd" and not options.eval_only:
             val_batch = {"input_ids": val, "labels": val}
-            engine.log = DotLog(self.run.folder / "dot_log", config=self.run.configuration, val_batch=val_batch)
+            engine.log = gf.DotLog(self.run.folder / "dot_log", config=self.run.configuration, val_batch=val_batch)
             engine.log.resume(self.done)
         return engine
 
@@ -235,7 +239,7 @@ class Trainer:
     def _gradient(self, batches: list[Batch], iteration: int) -> float:
         """Leave the mean gradient of all samples in `.grad`, and return their mean loss."""
         losses = []
-        for batch in batches:
+        for micro_step, batch in enumerate(batches):
             X = Y = batch.tokens.to(self.run.device)  # [B, T]; the loss shifts the labels
             self.engine.attach_train_batch(X, Y, iteration, batch.offsets, domains=batch.domains)
             X_forward, Y_forward = self.engine.prepare_forward_input(X, Y)
@@ -243,8 +247,21 @@ class Trainer:
                 loss = self.engine(X_forward, Y_forward).loss
             self._backward(loss)
             losses.append(loss.detach())
+            if self.ledger is not None:
+                self._count_values(batch, iteration, micro_step)
         self.engine.prepare_gradients()
         return torch.stack(losses).mean().item()
+
+    def _count_values(self, batch: Batch, iteration: int, micro_step: int) -> None:
+        assert self.ledger is not None and self.engine.values is not None
+        self.ledger.add(
+            batch.offsets,
+            self.engine.values / self.options.gradient_accumulation_steps,
+            domains=batch.domains,
+            iteration=iteration,
+            micro_step=micro_step,
+            second_order=self.engine.second_order,
+        )
 
     def _backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss / self.options.gradient_accumulation_steps).backward()
@@ -280,10 +297,16 @@ class Trainer:
         return time.perf_counter()
 
     def _checkpoint(self) -> None:
-        self.engine.save_metrics(self.done)  # rows first: a checkpoint vouches for the log up to it
+        self._save_scores()  # first: a checkpoint vouches for the log and the ledger up to it
         save_checkpoint(self.checkpoints, self.done, self.model, self.optimizer, self.scaler)
 
+    def _save_scores(self) -> None:
+        self.engine.save_metrics(self.done)
+        if self.ledger is not None:
+            self.ledger.save()
+
     def _flush(self) -> None:
+        self._save_scores()
         self.engine.cleanup()
         if self.timings.steps:
             tokens = self.options.batch_size * self.options.gradient_accumulation_steps * self.options.block_size
