@@ -200,7 +200,8 @@ def kfac(
 
     Args:
         model_fn: `model_fn(params, batch) -> losses[B]`. For the true Fisher matrix, pass one whose losses are those
-            of labels sampled from the model's own (detached) logits.
+            of labels that it draws from its own logits: `(logits.detach() - noise.log()).argmax(-1)` with noise
+            `torch.empty_like(logits).exponential_()` (`torch.multinomial` does too, at a forward for each sample).
         params: parameters by name.
         batches: batches, of any sizes; a DataLoader. Tensors are moved to the parameters' device. A batch's factors
             are in memory together: activations and grad-outputs of every layer.

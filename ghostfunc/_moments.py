@@ -142,7 +142,7 @@ def _eigen(moment: Tensor) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"] | 
     if moment.dim() == 1:
         return moment, None
     values, vectors = torch.linalg.eigh(moment)
-    return values.clamp(min=0), vectors  # a negative one is rounding
+    return values.clamp(min=0), vectors.contiguous()  # a negative one is rounding
 
 
 def nearest_kronecker(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
