@@ -143,7 +143,7 @@ def _by_vmap(dots_of: Callable[[Params], Dots], points: list[Params], rates: lis
         raise _NotFinite("dot products of the checkpoints are not finite; method='loop' tells which losses are not.")
     if rates is None:
         return pytree.tree_map(lambda d: d.mean(0), dots)
-    return pytree.tree_map(lambda d: torch.tensordot(torch.tensor(rates).to(d), d, 1), dots)
+    return pytree.tree_map(lambda d: torch.tensordot(torch.tensor(rates, dtype=torch.float64).to(d), d, 1), dots)
 
 
 def _by_loop(dots_of: Callable[[Params], Dots], points: Iterator[Params], rates: list[float] | None) -> TracIn:
