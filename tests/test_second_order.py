@@ -1,5 +1,6 @@
 """Second order against explicit Hessians, Shapley values by their definition, and real steps on the validation loss."""
 
+import gc
 from collections.abc import Callable
 from itertools import permutations
 from typing import Any
@@ -11,6 +12,7 @@ from cases import BY_NAME, Built, Draw, mlp
 from hard import HARD
 from oracle import assert_dots, assert_grads, dots, losses_and_grads, mean, per_sample_grads
 from test_flops import flops, gpt2, plain_step, two_layers
+from test_nothing_stays import large_tensors
 from torch import Tensor
 from torch.func import grad, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -460,6 +462,31 @@ def test_derivatives_of_it(name: str) -> None:
     torch.testing.assert_close((flat(gradient) * flat(tangent)).sum(), actual.sum(), rtol=1e-10, atol=1e-10)
 
 
+def test_a_use_without_a_rule() -> None:
+    """A function of torch.func inside the model: one backward for each train sample, and the same H u."""
+    model_fn, params, batch = HARD_BY_NAME["vmap inside"].make(DOUBLE, CPU)
+    train, val = batch(N, 1), batch(M, 2)
+    grads = rows(per_sample_grads(model_fn, params, train))
+    direction = by_rows(model_fn, params, val) @ grads.sum(0)
+    actual = gf.ghost_grad_hess_grad(model_fn, params, train, val, on_unsupported="dense")
+    assert_dots(actual, (grads @ direction, grads.norm(dim=1) * direction.norm()), 1e-9, "g H sum g")
+
+
+@pytest.mark.parametrize("name", ["gpt2 tied", "convolution"])
+def test_no_activation_waits_for_the_collector(name: str) -> None:
+    model_fn, params, batch = BY_NAME[name].make(DOUBLE, CPU)
+    train, val = batch(200, 1), batch(300, 2)
+    gf.in_run_values(model_fn, params, train, val, lr=0.1)  # what torch and transformers keep from a first call
+    gc.collect()
+    gc.disable()
+    try:
+        before = large_tensors(600)  # a number and a half for each sample of both
+        gf.in_run_values(model_fn, params, train, val, lr=0.1)
+        assert large_tensors(600) == before
+    finally:
+        gc.enable()
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -522,3 +549,14 @@ def test_cost_of_a_narrow_gpt2(positions: int, tied: bool) -> None:
     plain = flops(lambda: plain_step(model_fn, params, train))
     measured = flops(lambda: gf.in_run_values(model_fn, params, train, val, lr=0.1)) / plain
     assert 1 + 1 / 3 + 3 / 16 <= measured <= 1.8
+
+
+@pytest.mark.slow
+def test_cost_of_gpt2_small() -> None:
+    """12 layers of 768, vocabulary 50257, B = 16, Bv = 1, T = 64."""
+    model_fn, params = gpt2(tied=True, layers=12, width=768, heads=12, vocabulary=50257, positions=64)
+    train, val = ({"input_ids": torch.randint(50257, (k, 64))} for k in (16, 1))
+    plain = flops(lambda: plain_step(model_fn, params, train))
+    measured = flops(lambda: gf.in_run_values(model_fn, params, train, val, lr=0.1)) / plain
+    print(f"FLOPs of in_run_values to second order over a plain step: {measured:.4f}")
+    assert 1 + 1 / 3 + 3 / 16 <= measured <= 1.6
