@@ -8,7 +8,7 @@ gradient is known at the end), keep their factors until the backward has run.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from ghostfunc._functionalize import ModelFn
 from ghostfunc._nesting import unrecorded
 from ghostfunc._products import meet, same
 from ghostfunc._projection import TAP, Projected
-from ghostfunc._quantities import Accumulator, Clip, Gram, Norms, Project, Quantity, Setting, Stream, accumulate
+from ghostfunc._quantities import Accumulator, Clip, Dots, Gram, Norms, Project, Quantity, Setting, Stream, accumulate
 from ghostfunc._randomness import DrewRandomNumbers, RandomState
 from ghostfunc._run import Run
 from ghostfunc._sites import Site
@@ -78,7 +78,6 @@ class _Contraction:
     projected: Projected | None = None
     val_run: Run | None = None
     fuse: bool = True
-    _blocks: dict[Site, Callable[[Factor], Block]] = field(default_factory=dict)
 
     def more_taps(self, site: Site) -> dict[str, Tensor]:
         """A tap for the projection."""
@@ -86,8 +85,12 @@ class _Contraction:
 
     def plan(self, sites: list[Site]) -> None:
         """Fuse every linear map whose weight, or part of one, has no other use."""
+        by_name: dict[str, list[Site]] = {}
         for site in sites:
-            others = [s for s in sites if s is not site and meet(s, site)]
+            for name in site.tracked.names:
+                by_name.setdefault(name, []).append(site)
+        for site in sites:
+            others = [s for s in by_name[site.tracked.names[0]] if s is not site and meet(s, site)]
             block = self._alone(site) if self.fuse and site.kind == "outer" and not others else None
             if block is not None and site.tracked.root is not None:
                 site.treatment = "fused"
@@ -193,14 +196,20 @@ def _collected(
         else:
             products.finish(result)
             return products, result, result.losses[:n], result.losses[n:]
-    val_run = None
+    val_run = val_losses = None
     if m:
-        val_run = call.run(val, m, train=m, factors=call.names, dropout=False, batches=(("val", m),))
+        each = any(a.val == "each" for a in accumulators)
+        how = {"factors": call.names} if each else {"grads": True}
+        first = call.run(val, m, train=m, dropout=False, batches=(("val", m),), **how)
+        val_run, val_losses = first if each else None, first.losses
+        for a in accumulators:
+            if isinstance(a, Dots) and not each:
+                a.along(first.grads)
         before.restore()
     products = contraction(0, val_run)
     result = run_of(products, train, n, batches=(("train" if m else "given", n),))
     products.finish(result)
-    return products, result, result.losses, None if val_run is None else val_run.losses
+    return products, result, result.losses, val_losses
 
 
 # ---------------------------------------------------------------- clipping

@@ -99,9 +99,9 @@ def accumulate(block: Block, accumulators: list[Accumulator], *, want_grad: bool
     Returns:
         That sum, `[p, q]`, or None where it is not wanted or did not come by the way.
     """
-    needs_val = [a for a in accumulators if a.val]
     if not block.val:
         accumulators = [a for a in accumulators if not a.val]
+    needs_val = any(a.val for a in accumulators)
     entries = len(block.train) * block.rows * block.cols
     samples = accumulators[0].setting.train if accumulators else 0
     making = block.making(block.train) + MEMORY_BOUND * samples * entries
@@ -158,23 +158,57 @@ class Dot:
     reduction: str = "mean"
     layer_of: LayerOf = ""
 
-    def start(self, setting: Setting) -> Accumulator:
+    def start(self, setting: Setting) -> Dots:
         """An empty accumulator."""
         if self.reduction not in ("mean", "sum"):
             raise ValueError(f"reduction={self.reduction!r}: expected 'mean' or 'sum' over the validation samples.")
         if not setting.val:
             raise ValueError(f"{self}: a dot product with the validation gradient needs a validation batch.")
-        return _Dots(setting, self, parse(self.out, ("param", "layer", "train", "val")))
+        return Dots(setting, self, parse(self.out, ("param", "layer", "train", "val")))
 
 
-class _Dots(Accumulator):
+def _direction_of(block: Block, direction: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """A block's entries of a direction: `[p, ...]`."""
+    return block.entries(direction[block.name].to(dtype))
+
+
+class _AlongOne(Accumulator):
+    """Dot products `[n]` with one direction that is there before the train samples' backward."""
+
+    direction: Mapping[str, Tensor]
+
+    def pairs_cost(self, block: Block) -> float | int:
+        return block.making(block.train)
+
+    def tile_cost(self, block: Block) -> float | int:
+        return 2 * self.setting.train * block.rows * block.cols
+
+    def by_pairs(self, block: Block) -> None:
+        direction = _direction_of(block, self.direction, self.setting.dtype).reshape(1, *block.shape)
+        for factor in block.train:
+            self.add(block.name, along(factor, direction))
+
+    def by_tile(self, tile: Tile) -> None:
+        rows = _direction_of(tile.block, self.direction, self.setting.dtype)[tile.start : tile.stop]
+        self.add(tile.name, tile.flat @ rows.reshape(-1, 1))
+
+
+class Dots(_AlongOne):
+    """Columns `[n, m]`, or `[n, 1]` for the sum of the validation samples, whose gradient may be there before."""
+
     def __init__(self, setting: Setting, asked: Dot, axes: Axes) -> None:
         self.each = axes.has("val")
         super().__init__(setting, setting.train, setting.val if self.each else 1)
         self.asked, self.axes = asked, axes
         self.val = "each" if self.each else "sum"
 
+    def along(self, direction: Mapping[str, Tensor]) -> None:
+        """Take the validation samples' gradient, summed, instead of their factors."""
+        self.direction, self.val = direction, ""
+
     def pairs_cost(self, block: Block) -> float | int:
+        if not self.val:
+            return super().pairs_cost(block)
         s = self.setting
         gram = _pairs(block, block.train, block.val, n=s.train, m=s.val)
         if self.each:
@@ -182,14 +216,20 @@ class _Dots(Accumulator):
         return min(gram, block.making(block.val) * len(block.train) + block.making(block.train) * len(block.val))
 
     def tile_cost(self, block: Block) -> float | int:
-        return 2.0 * self.setting.train * self.columns[block.name].shape[1] * block.rows * block.cols
+        return 2 * self.setting.train * self.columns[block.name].shape[1] * block.rows * block.cols
 
     def by_pairs(self, block: Block) -> None:
+        if not self.val:
+            super().by_pairs(block)
+            return
         for ours in block.train:
             for theirs in block.val:
                 self.add(block.name, (pair if self.each else pair_sum)(ours, theirs))
 
     def by_tile(self, tile: Tile) -> None:
+        if not self.val:
+            super().by_tile(tile)
+            return
         self.add(tile.name, tile.flat @ (tile.val if self.each else tile.val_sum).t())
 
     def value(self) -> Any:
@@ -219,9 +259,9 @@ class Along:
         return _AlongDirection(setting, self, parse(self.out, ("param", "layer", "train")))
 
 
-class _AlongDirection(Accumulator):
+class _AlongDirection(_AlongOne):
     def __init__(self, setting: Setting, asked: Along, axes: Axes) -> None:
-        super().__init__(setting, setting.train)
+        super().__init__(setting, setting.train, 1)
         for name in setting.names:
             given = asked.direction.get(name)
             if given is None or given.shape != setting.params[name].shape:
@@ -229,28 +269,11 @@ class _AlongDirection(Accumulator):
                 raise ValueError(
                     f"direction[{name!r}] has shape {shape}; the parameter has {tuple(setting.params[name].shape)}."
                 )
-        self.asked, self.axes = asked, axes
-
-    def _direction(self, block: Block) -> Tensor:
-        return block.entries(self.asked.direction[block.name].to(self.setting.dtype))
-
-    def pairs_cost(self, block: Block) -> float | int:
-        return block.making(block.train)
-
-    def tile_cost(self, block: Block) -> float | int:
-        return 2.0 * self.setting.train * block.rows * block.cols
-
-    def by_pairs(self, block: Block) -> None:
-        direction = self._direction(block).reshape(1, *block.shape)
-        for factor in block.train:
-            self.add(block.name, along(factor, direction)[:, 0])
-
-    def by_tile(self, tile: Tile) -> None:
-        direction = self._direction(tile.block)[tile.start : tile.stop].reshape(-1, 1)
-        self.add(tile.name, (tile.flat @ direction)[:, 0])
+        self.asked, self.axes, self.direction = asked, axes, asked.direction
 
     def value(self) -> Any:
-        return arrange(self.columns, self.axes, has=("train",), layer_of=self.asked.layer_of)
+        columns = {name: column.squeeze(1) for name, column in self.columns.items()}
+        return arrange(columns, self.axes, has=("train",), layer_of=self.asked.layer_of)
 
 
 @dataclass(frozen=True)

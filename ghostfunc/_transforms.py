@@ -27,9 +27,6 @@ from ghostfunc._products import Along, Joint, Products, WithSamples
 from ghostfunc._randomness import DrewRandomNumbers, RandomState
 from ghostfunc._run import Run, base_factor
 
-# Until their callers have moved:
-_Call, _checked, _product_columns, _one_direction = Call, checked, product_columns, one_direction
-
 Dots = Tensor | dict[str, Tensor]
 Precondition = Callable[..., dict[str, Tensor]]
 

@@ -59,6 +59,22 @@ def test_no_per_sample_gradient_is_allocated(schedule, out):
     assert recorded.largest >= n * width * 2 * width
 
 
+@pytest.mark.parametrize("clip", [False, True])
+def test_nor_for_any_other_quantity(clip):
+    """Together they take a tile, and clipping keeps activations and cotangents, never a gradient of each sample."""
+    n, m, positions, width = 16, 2, 64, 512
+    params = {"up": torch.randn(2 * width, width) / width, "down": torch.randn(width, 2 * width) / width}
+    train, val = torch.randn(n, positions, width), torch.randn(m, positions, width)
+    want = {"dots": gf.Dot(), "matrix": gf.Dot("train val"), "gram": gf.Gram(), "norms": gf.Norm()}
+    want |= {"second": gf.Stream(lambda tile: tile.grads.square().mean(0), "entry")}
+    want |= {"clipped": gf.Clip(1.0)} if clip else {}
+    with Allocations() as recorded:
+        gf.ghost_quantities(model_fn, params, train, val, want=want)
+    rows = (n + m) * positions * 2 * width
+    assert params["up"].numel() <= recorded.largest <= max(rows, n * width * 2 * width / 2)
+
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_no_logits_outlive_the_backward_of_the_head(tied):
     """When the last LayerNorm's backward begins, nothing of `[B, T, V]` is left, tied weights included."""

@@ -30,11 +30,11 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "tiles":
         monkeypatch.setattr(_quantities, "MEMORY_BOUND", -(10**9))
         monkeypatch.setattr(_tiles, "TILE_BYTES", 300)
-        for name in ("_Dots", "_AlongDirection", "_Gram", "Norms"):
+        for name in ("Dots", "_AlongOne", "_Gram", "Norms"):
             monkeypatch.setattr(getattr(_quantities, name), "tile_cost", lambda self, block: 0)
     elif request.param == "pairs":
         monkeypatch.setattr(_quantities, "MEMORY_BOUND", 10**12)
-        for name in ("_Dots", "_AlongDirection", "_Gram", "Norms"):
+        for name in ("Dots", "_AlongOne", "_Gram", "Norms"):
             monkeypatch.setattr(getattr(_quantities, name), "pairs_cost", lambda self, block: 0)
     return request.param
 
@@ -188,6 +188,35 @@ def test_batches_that_cannot_be_joined(way):
     g, v = (losses_and_grads(model_fn, params, b)[1] for b in (train, val))
     want = wanted(params, 1.0)
     check(gf.ghost_quantities(model_fn, params, train, val, want=want), want, g, v, 1e-10)
+
+
+def test_many_validation_samples_are_one_direction(way):
+    """More validation than train samples, in a run of their own, whose factors are not kept."""
+    model_fn, params, batch = BY_NAME["gpt2 tied"].make(torch.float64, CPU)
+    train, val = batch(2, 1), batch(5, 2)
+    g, v = (losses_and_grads(model_fn, params, b)[1] for b in (train, val))
+    want = {"mean": gf.Dot("param train"), "sum": gf.Dot("train", reduction="sum")}
+    result = gf.ghost_quantities(model_fn, params, train, val, want=want)
+    assert_dots(result["sum"], dots(g, {name: t.sum(0) for name, t in v.items()}), 1e-10, "sum")
+    for name in g:
+        assert_dots(result["mean"][name], dots({name: g[name]}, {name: v[name].mean(0)}), 1e-10, name)
+    assert result.val_losses is not None and result.val_losses.shape == (5,)
+
+
+@pytest.mark.parametrize("name", ["mlp", "gpt2 tied", "convolution", "weight twice"])
+@pytest.mark.parametrize("clipped", [False, True])
+def test_projections_beside_others(name, clipped):
+    """Projected inside the backward, or from kept factors."""
+    model_fn, params, batch = BY_NAME[name].make(torch.float64, CPU)
+    train, val = batch(4, 1), batch(3, 2)
+    include = ("embedding", "norm", "bias", "head")
+    projection = gf.kronecker_projection(model_fn, params, train, rank=12, min_rank=2, include=include)
+    want = {"projected": gf.Project(projection), "dots": gf.Dot(), "norms": gf.Norm()}
+    want |= {"clipped": gf.Clip(1.0)} if clipped else {}
+    result = gf.ghost_quantities(model_fn, params, train, val, want=want)
+    expected = gf.ghost_grad_proj(model_fn, params, train, projection)
+    torch.testing.assert_close(result["projected"], expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(result["dots"], gf.ghost_grad_dot(model_fn, params, train, val))
 
 
 def test_one_sample_of_one_token():
