@@ -73,8 +73,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def to_list(numbers: Numbers) -> list:
-    """Numbers of any kind as Python's."""
+    """Numbers of any kind as Python's; a single one makes a list of one."""
     if isinstance(numbers, Tensor):
-        numbers = numbers.detach()
-        return (numbers.double() if numbers.is_floating_point() else numbers).tolist()
-    return numbers.tolist() if isinstance(numbers, np.ndarray) else list(numbers)
+        tensor = numbers.detach().reshape(numbers.shape or (1,))
+        return (tensor.double() if tensor.is_floating_point() else tensor).tolist()
+    return np.atleast_1d(numbers).tolist() if isinstance(numbers, np.ndarray) else list(numbers)

@@ -20,7 +20,7 @@ def split_ids(argument: str, sample_ids: SampleIds, domains: Sequence[str] | Non
 
     Raises:
         TypeError: if an id is not an integer.
-        ValueError: if domains are given beside pairs.
+        ValueError: if domains are given beside pairs, or an id does not fit into 64 bits.
     """
     entries = sample_ids.tolist() if isinstance(sample_ids, (Tensor, np.ndarray)) else list(sample_ids)
     if any(isinstance(entry, (tuple, list)) for entry in entries):
@@ -38,6 +38,9 @@ def names_of(sample_ids: Sequence[int], domains: Sequence[str]) -> list[str]:
 
 def _integer(argument: str, entry: Any) -> int:
     try:
-        return operator.index(entry)
+        number = operator.index(entry)
     except TypeError as error:
         raise TypeError(f"{argument}: expected integers or (domain, offset) pairs, not {entry!r}.") from error
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{argument}: {number} does not fit into 64 bits.")
+    return number

@@ -6,12 +6,11 @@ counted once, however often a run is interrupted or ledgers are merged. Sums are
 parts, so that they do not depend on who added what first, to the last bit.
 """
 
-import math
 import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -52,6 +51,7 @@ class InRunShapley:
 
     Raises:
         ImportError: without pyarrow; `pip install "ghostfunc[log]"` brings it.
+        NotADirectoryError: if the folder is a file.
         ValueError: if a file in the folder is damaged, or no file of a ledger; the message names it.
 
     A kill at any moment loses at most what was added since the last `save`. A run that goes on from a checkpoint opens
@@ -71,6 +71,8 @@ class InRunShapley:
     def __init__(self, folder: str | os.PathLike | None = None, *, run: str = "", rank: int | None = None) -> None:
         require_pyarrow()
         self.folder = None if folder is None else Path(folder)
+        if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"{self.folder} is a file; a ledger is a folder of files.")
         self.run = run
         self.rank = _own_rank() if rank is None else rank
         self._unsaved: list[pyarrow.Table] = []
@@ -103,23 +105,24 @@ class InRunShapley:
 
         Raises:
             FloatingPointError: if a value is not finite; the message names the samples.
-            ValueError: if the arguments differ in length, if the part was added before by this ledger, or if it was
-                there with other samples when the ledger was opened.
+            ValueError: if the arguments do not all have n entries, if the part was added before by this ledger, or if
+                it was there with other samples when the ledger was opened.
             TypeError: if a sample id is not an integer.
 
         A call that raises changes nothing.
         """
         ids, names = split_ids("sample_ids", sample_ids, domains)
+        n = len(ids)
         columns = {
             "sample_id": ids,
             "domain": names,
-            "value": to_list(values),
-            "second_order": [0.0] * len(ids) if second_order is None else to_list(second_order),
+            "value": np.array(to_list(values), dtype=np.float64),
+            "second_order": np.array([0.0] * n if second_order is None else to_list(second_order), dtype=np.float64),
         }
-        n = len(ids)
-        if any(len(column) != n for column in columns.values()):
-            lengths = ", ".join(f"{name} {len(column)}" for name, column in columns.items())
-            raise ValueError(f"add: one entry per sample is needed in each column, but their lengths are {lengths}.")
+        shapes = {name: np.shape(column) for name, column in columns.items()}
+        if any(shape != (n,) for shape in shapes.values()):
+            listed = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+            raise ValueError(f"add: one entry per sample is needed in each column, but their shapes are {listed}.")
         if iteration < 0 or micro_step < 0:
             raise ValueError(f"add(iteration={iteration}, micro_step={micro_step}): expected 0 or more.")
         _require_finite(columns, iteration)
@@ -379,10 +382,9 @@ def _fingerprint(sample_ids: Sequence[int], domains: Sequence[str]) -> int:
     return zlib.crc32("\0".join(domains).encode(), zlib.crc32(np.array(sample_ids, dtype="<i8").tobytes()))
 
 
-def _require_finite(columns: dict[str, list], iteration: int) -> None:
-    numbers = zip(columns["value"], columns["second_order"], strict=True)
-    bad = [i for i, (value, second) in enumerate(numbers) if not (math.isfinite(value) and math.isfinite(second))]
-    if bad:
+def _require_finite(columns: dict[str, Any], iteration: int) -> None:
+    bad = np.flatnonzero(~(np.isfinite(columns["value"]) & np.isfinite(columns["second_order"])))
+    if len(bad):
         names = names_of(columns["sample_id"], columns["domain"])
         shown = "; ".join(f"{names[i]} ({columns['value'][i]:g})" for i in bad[:8])
         raise FloatingPointError(

@@ -307,10 +307,17 @@ def test_values_that_are_not_finite_are_refused_by_name_and_nothing_is_lost(tmp_
 
 def test_bad_arguments_are_named() -> None:
     ledger = InRunShapley()
-    with pytest.raises(ValueError, match="sample_id 2, domain 2, value 3, second_order 2"):
+    with pytest.raises(ValueError, match=r"sample_id \[2\], domain \[2\], value \[3\], second_order \[2\]"):
         ledger.add([1, 2], [1.0, 2.0, 3.0], iteration=0)
-    with pytest.raises(ValueError, match="sample_id 2, domain 1"):
+    with pytest.raises(ValueError, match=r"sample_id \[2\], domain \[1\]"):
         ledger.add([1, 2], [1.0, 2.0], domains=["law"], iteration=0)
+    for values in (torch.ones(1, 2), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=r"value \[1(, 2)?\]"):
+            ledger.add([1, 2], values, iteration=0)
+    with pytest.raises(FloatingPointError, match=r"sample 2 \(nan\)"):
+        ledger.add([1, 2], [1.0, None], iteration=0)
+    with pytest.raises(ValueError, match="sample_ids: 9223372036854775808 does not fit into 64 bits"):
+        ledger.add([2**63], [1.0], iteration=0)
     with pytest.raises(TypeError, match=r"integers or \(domain, offset\) pairs, not 0\.5"):
         ledger.add([0.5, 2], [1.0, 2.0], iteration=0)
     with pytest.raises(ValueError, match="give domains in sample_ids"):
@@ -338,6 +345,12 @@ def test_a_foreign_file_is_named(tmp_path: Path) -> None:
     pa.parquet.write_table(pa.table({"x": [1]}), tmp_path / "values-00000000-rank0000.parquet")
     with pytest.raises(ValueError, match=r"rank0000\.parquet is not a file of a ledger: its columns are x"):
         InRunShapley(tmp_path)
+
+
+def test_a_file_in_the_folders_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "values").touch()
+    with pytest.raises(NotADirectoryError, match="values is a file"):
+        InRunShapley(tmp_path / "values")
 
 
 def test_a_copied_file_is_not_counted_twice_in_silence(tmp_path: Path) -> None:
