@@ -1,4 +1,4 @@
-"""Projections of per-sample gradients, made inside the backward: no weight gradient, and nothing that outlives its layer.
+"""Projections of per-sample gradients, inside the backward: no weight gradient, and nothing that outlives its layer.
 
     Outer     P_in^T (sum_r a_r g_r^T) P_out  =  sum_r (a_r P_in)^T (g_r P_out)
     Gather    the same, with rows of P_in in place of a_r P_in
@@ -10,7 +10,7 @@ the entries it uses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ghostfunc._batch import batch_size, plain
 from ghostfunc._blocks import Blocks, Box, entries_of
-from ghostfunc._call import Params, checked, units_of
+from ghostfunc._call import Call, Params, checked, units_of
 from ghostfunc._factors import Dense, Factor, Gather, Later, Outer
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._kronecker import KroneckerProjection
@@ -219,12 +219,11 @@ def ghost_grad_proj(
         >>> gf.ghost_grad_proj(model_fn, params, batch, projection).shape
         torch.Size([5, 64])
     """
-    of_all = checked(model_fn, params, dtype, "", has_aux, on_unsupported, randomness)
-    _check(projection, of_all.params)
-    of_names = {name: of_all.params[name] for name in projection.parts}
-    call = of_all._replace(
-        model_fn=_with_constants(model_fn, of_all.params, of_names), params=of_names, names=frozenset(of_names)
-    )
+    call = checked(model_fn, params, dtype, "", has_aux, on_unsupported, randomness)
+    _check(projection, call.params)
+    call = call._replace(names=frozenset(projection.parts))
+    if functorch_level() is None:  # inside of a transform the result may be differentiated in the other parameters
+        call = _of_names(call)
     batch = plain(batch)
     samples = batch_size(batch, "given")
     units = units_of(batch, samples, segments, token=False)
@@ -244,12 +243,14 @@ def ghost_grad_proj(
     return (found, result.aux) if has_aux else found
 
 
-def _with_constants(model_fn: ModelFn, params: dict[str, Tensor], of_names: dict[str, Tensor]) -> Callable[..., Any]:
-    """The function of some of the parameters alone, so that the backward ends at the lowest of them."""
-    constants = {name: p for name, p in params.items() if name not in of_names}
-    if functorch_level() is None:  # inside of a transform the result may depend on them
-        constants = {name: p.detach() for name, p in constants.items()}
-    return lambda of_names, batch: model_fn({name: of_names.get(name, constants.get(name)) for name in params}, batch)
+def _of_names(call: Call) -> Call:
+    """The same call as a function of the parameters in play alone, so that the backward ends at the lowest of them."""
+    constants = {name: p.detach() for name, p in call.params.items() if name not in call.names}
+
+    def model_fn(params: dict[str, Tensor], batch: Any) -> Any:
+        return call.model_fn({name: params[name] if name in params else constants[name] for name in call.params}, batch)
+
+    return call._replace(model_fn=model_fn, params={name: p for name, p in call.params.items() if name in call.names})
 
 
 def _check(projection: KroneckerProjection, params: dict[str, Tensor]) -> None:
