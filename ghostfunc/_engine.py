@@ -203,8 +203,9 @@ class GradDotProdEngine:
         Raises:
             RuntimeError: if the engine is detached for evaluation, or has a log and no attached batch.
             ValueError: if there is no validation batch, the batch differs in size from the attached one, or Y does not
-                fit X.
-            FloatingPointError: if a loss or a dot is not finite; the message names the samples.
+                fit X; for order 2, at the second call with an attached batch of one iteration.
+            NotImplementedError: for order 2 under float16 autocast.
+            FloatingPointError: if a loss, a dot or a value is not finite; the message names the samples.
         """
         batch = self._batch_of_call(X, Y, inputs)
         if self._detached:
