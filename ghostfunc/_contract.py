@@ -212,7 +212,8 @@ def along(factor: Factor, directions: Inexact[Tensor, "k ..."]) -> Inexact[Tenso
     if isinstance(factor, Outer):
         return contract_outer(factor, Given(directions.flatten(2)), want_grad=False)[0]
     if isinstance(factor, Gather):
-        return torch.stack([(direction[factor.ids] * factor.g).sum((1, 2)) for direction in directions], 1)
+        tables = directions.flatten(1, -2)  # [k, V, d]
+        return torch.stack([(table[factor.ids] * factor.g).sum((1, 2)) for table in tables], 1)
     if isinstance(factor, Later):
         return torch.cat([along(chunk, directions) for chunk in factor.chunks()])
     if isinstance(factor, Dense):
@@ -357,7 +358,8 @@ def total(factor: Factor, shape: Sequence[int]) -> Tensor:
     if isinstance(factor, Outer):
         return (factor.left.flatten(0, 1).t() @ factor.right.flatten(0, 1)).view(shape)
     if isinstance(factor, Gather):
-        return factor.g.new_zeros(shape).index_add_(0, factor.ids.flatten(), factor.g.flatten(0, 1))
+        table = factor.g.new_zeros(shape).view(-1, shape[-1])
+        return table.index_add_(0, factor.ids.flatten(), factor.g.flatten(0, 1)).view(shape)
     if isinstance(factor, Later):
         return torch.stack([chunk.grad.sum(0) for chunk in factor.chunks()]).sum(0).view(shape)
     if isinstance(factor, Dense):

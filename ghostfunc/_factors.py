@@ -61,6 +61,8 @@ class Outer:
 class Gather:
     """Per-sample gradient of a table `[V, d]` whose rows are looked up: G_b[v] = sum_r [ids[b, r] = v] g[b, r].
 
+    The table may have more dimensions: its rows are all of them but the last, flattened.
+
     Attributes:
         ids: `[B, R]`.
         g: grad-outputs `[B, R, d]`, zero where the id is the table's padding.
@@ -71,8 +73,8 @@ class Gather:
 
     def dense(self, shape: Sequence[int]) -> Inexact[Tensor, "b ..."]:
         """The per-sample gradients `[B, *shape]`."""
-        grads = self.g.new_zeros(len(self.g), *shape)
-        return grads.scatter_add_(1, self.ids.unsqueeze(-1).expand_as(self.g), self.g)
+        grads = self.g.new_zeros(len(self.g), math.prod(shape[:-1]), shape[-1])
+        return grads.scatter_add_(1, self.ids.unsqueeze(-1).expand_as(self.g), self.g).view(-1, *shape)
 
     def part(self, start: int, stop: int) -> Gather:
         """The factor of samples start to stop."""

@@ -9,8 +9,7 @@ A parameter whose parts are used as matrices of their own (experts, heads) has a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -227,7 +226,8 @@ def kfac(
 
     Cost, of a linear map over n positions: 4 n d_in d_out + 2 n (d_in^2 + d_out^2) FLOPs for each batch, where a
     training step takes 6 n d_in d_out (1.3 steps for a square weight, 2.1 for 1:4, less for a head with one long side);
-    then eigenvectors once, of each side, which takes longer than a few batches do (GPT-2 small: 24 of 3072).
+    then eigenvectors once, of each side, which takes longer than a few batches do. Counted on two layers of GPT-2 small
+    with its tied head, 4 x 256 tokens: 1.02 training steps, and 2.37 for both passes of `ekfac`.
 
     Example:
         >>> import torch, ghostfunc as gf
@@ -342,21 +342,17 @@ def _fisher(
         raise ValueError(f"max_side={max_side!r}: expected a side of 1 or more.")
     if isinstance(batches, (Tensor, Mapping)):
         raise TypeError(f"batches is one batch, a {type(batches).__name__}; expected an iterable of batches: [batch].")
-    if kind == "ekfac" and iter(batches) is batches:
+    if kind == "ekfac" and isinstance(batches, Iterator):
         raise TypeError(
             "batches is an iterator, which ends after one pass; ekfac needs two: pass a list or a DataLoader."
         )
+    if not call.names:
+        raise ValueError(f"layers: no parameter matches; the parameters are {', '.join(call.params)}.")
     parameters = [_Parameter(name, tuple(p.shape), max_side) for name, p in call.params.items() if name in call.names]
 
-    samples = 0
-    for result in _runs(call, batches):
-        samples += len(result.losses)
-        with _plainly(call.device):
-            for parameter in parameters:
-                for matrix, factors in parameter.uses(result, grow=True):
-                    for factor in factors:
-                        matrix.add(factor)
-    _check_samples(samples, "batches is empty")
+    samples = _pass(call, batches, parameters, Matrix.add, grow=True)
+    if not samples:
+        raise ValueError("batches is empty: the Fisher matrix is a mean over at least one sample.")
     for parameter in parameters:
         for matrix in parameter.matrices:
             if not matrix.is_finite():
@@ -366,19 +362,12 @@ def _fisher(
                     "of 0), or use dtype=torch.float64 if they overflow."
                 )
             matrix.diagonalise(samples)
-
     if kind == "ekfac":
-        again = 0
-        for result in _runs(call, batches):
-            again += len(result.losses)
-            with _plainly(call.device):
-                for parameter in parameters:
-                    for matrix, factors in parameter.uses(result, grow=False):
-                        matrix.add_squares(factors)
-        _check_samples(again, "the second pass over batches gave nothing")
+        again = _pass(call, batches, parameters, Matrix.add_squares, grow=False)
+        if not again:
+            raise ValueError("batches: the second pass gave no batch; ekfac goes through them twice.")
         for matrix in (matrix for parameter in parameters for matrix in parameter.matrices):
             matrix.correct(again)
-
     return FisherPreconditioner(
         kind,
         {p.name: damped(p.blocks(call.dtype, call.device), p.numel, damping, relative=relative) for p in parameters},
@@ -391,9 +380,28 @@ def _fisher(
     )
 
 
-def _check_samples(samples: int, otherwise: str) -> None:
-    if not samples:
-        raise ValueError(f"{otherwise}: the Fisher matrix is a mean over at least one sample.")
+def _pass(
+    call: Call,
+    batches: Iterable[Any],
+    parameters: list[_Parameter],
+    add: Callable[[Matrix, list[Rows]], None],
+    *,
+    grow: bool,
+) -> int:
+    """Let `add` add each batch's factors to their matrices: the number of samples."""
+    samples = 0
+    for result in _runs(call, batches):
+        samples += len(result.losses)
+        with torch.no_grad(), torch.autocast(call.device.type, enabled=False):
+            _add_all(result, parameters, add, grow)
+        del result  # before the next batch's factors come
+    return samples
+
+
+def _add_all(result: Run, parameters: list[_Parameter], add: Callable[[Matrix, list[Rows]], None], grow: bool) -> None:
+    for parameter in parameters:
+        for matrix, factors in parameter.uses(result, grow=grow):
+            add(matrix, factors)
 
 
 def _runs(call: Call, batches: Iterable[Any]) -> Iterator[Run]:
@@ -402,10 +410,3 @@ def _runs(call: Call, batches: Iterable[Any]) -> Iterator[Run]:
         batch = pytree.tree_map_only(Tensor, lambda t: t.to(call.device), plain(batch))
         samples = batch_size(batch, what)
         yield call.run(batch, samples, train=samples, factors=call.names, dropout=False, batches=((what, samples),))
-
-
-@contextmanager
-def _plainly(device: torch.device) -> Iterator[None]:
-    """Nothing is recorded for a derivative, and nothing cast."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ghostfunc._axes import match_layers
 from ghostfunc._batch import batch_size, plain
 from ghostfunc._blocks import Blocks, FirstUse, blocks_of, first_use
-from ghostfunc._call import Call, checked
+from ghostfunc._call import Call, Layers, checked
 from ghostfunc._factors import Dense, Factor, Gather, Outer
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._randomness import RandomState
@@ -208,13 +209,29 @@ class _Uses(NamedTuple):
 
 
 def _uses(call: Call, batch: Any) -> _Uses:
+    uses = _in_order(call, batch)
+    linear = [site for site, use in uses if use.kind == "outer" or use.maps is not None]
+    first, kinds = {}, {}
+    for name, parameter in call.params.items():
+        of_name = [(site, use) for site, use in uses if name in site.tracked.names]
+        direct = [pair for pair in of_name if pair[1].entries is not None] or of_name
+        if direct:
+            first[name] = direct[0][1]
+            kinds[name] = frozenset(
+                _kind(name, parameter.shape, use, last=bool(linear) and site is linear[-1]) for site, use in direct
+            )
+    return _Uses(first, kinds)
+
+
+def _in_order(call: Call, batch: Any) -> list[tuple[Site, FirstUse]]:
+    """Every use that the losses depend on, in the order of the forward. The backward keeps nothing of their factors."""
     samples = batch_size(batch, "given")
     order: list[Site] = []
-    found: dict[Site, tuple[bool, tuple[int, int, int] | None]] = {}
+    found: dict[Site, FirstUse] = {}
 
     def record(site: Site, factor: Factor) -> tuple[None, dict[str, Tensor]]:
-        stored_in_first = isinstance(factor, Gather) or (isinstance(factor, (Outer, Dense)) and factor.transposed)
-        found[site] = stored_in_first, factor.maps if isinstance(factor, Dense) else None
+        rows_in = isinstance(factor, Gather) or (isinstance(factor, (Outer, Dense)) and factor.transposed)
+        found[site] = first_use(site, rows_in=rows_in, maps=factor.maps if isinstance(factor, Dense) else None)
         return None, {}
 
     def plan(sites: list[Site]) -> None:
@@ -227,24 +244,9 @@ def _uses(call: Call, batch: Any) -> _Uses:
         result = call.run(batch, samples, train=samples, factors=call.names, dropout=False, plan=plan)
     finally:
         before.restore()
-    for site, factor in result.factors.items():
+    for site, factor in result.factors.items():  # of samples that had to be probed, or uses without a rule
         record(site, factor)
-    sites = list(dict.fromkeys([*(site for site in order if site in found), *result.factors]))
-    by_name: dict[str, list[tuple[Site, FirstUse]]] = {}
-    for site in sites:
-        rows_in, maps = found[site]
-        use = first_use(site, rows_in=rows_in, maps=maps)
-        for name in site.tracked.names:
-            by_name.setdefault(name, []).append((site, use))
-    linear = [site for site in sites if site.kind == "outer" or found[site][1] is not None]
-    first, kinds = {}, {}
-    for name, uses in by_name.items():
-        uses = [pair for pair in uses if pair[1].entries is not None] or uses
-        first[name] = uses[0][1]
-        kinds[name] = frozenset(
-            _kind(name, call.params[name].shape, use, last=bool(linear) and site is linear[-1]) for site, use in uses
-        )
-    return _Uses(first, kinds)
+    return [(site, found[site]) for site in dict.fromkeys([*order, *result.factors]) if site in found]
 
 
 def _kind(name: str, shape: torch.Size, use: FirstUse, *, last: bool) -> str:
@@ -264,7 +266,7 @@ def _kind(name: str, shape: torch.Size, use: FirstUse, *, last: bool) -> str:
 def _chosen(
     names: Iterable[str],
     kinds: Mapping[str, frozenset[str]],
-    layers: str | Callable[[str], bool],
+    layers: Layers,
     include: Iterable[str],
 ) -> list[str]:
     """The parameters of a projection, in the order of `names`."""
@@ -273,15 +275,15 @@ def _chosen(
     if unknown:
         raise ValueError(f"include={unknown}: expected any of {', '.join(map(repr, INCLUDE))}, as a tuple.")
     chosen = {name for name in names if kinds[name] & set(include)}
-    if callable(layers):
-        chosen |= {name for name in names if layers(name)}
+    if not isinstance(layers, str):
+        chosen |= match_layers(layers, names)
+    elif not layers.strip(", "):
+        chosen |= {name for name in names if "linear" in kinds[name]}
     else:
-        for pattern in [p.strip() for p in layers.split(",") if p.strip()] or [""]:
-            matched = [name for name in names if f".{pattern}." in f".{name}." or not pattern]
-            if not matched:
-                raise ValueError(f"layers: no parameter matches {pattern!r}; the parameters are {', '.join(names)}.")
-            linear = [name for name in matched if "linear" in kinds[name]]
-            chosen.update(linear if linear or not pattern else matched)
+        for part in layers.split(","):
+            matched = match_layers(part, names) if part.strip() else []
+            of_kind = ([name for name in matched if kind in kinds[name]] for kind in ("linear", "head"))
+            chosen.update(next(filter(None, of_kind), matched))
     if not chosen:
         what = "; ".join(f"{name}: {', '.join(sorted(kinds[name]))}" for name in names)
         raise ValueError(
@@ -296,7 +298,7 @@ def kronecker_projection(
     params: Mapping[str, Tensor],
     batch: Any,
     *,
-    layers: str | Callable[[str], bool] = "",
+    layers: Layers = "",
     rank: int = 256,
     min_rank: int = 8,
     kind: str = "gaussian",
@@ -327,8 +329,8 @@ def kronecker_projection(
         params: parameters by name.
         batch: a pytree of tensors `[B, ...]`.
         layers: comma-separated name parts, matched at dots. A part takes the weights of linear maps and convolutions
-            that it matches, and where it matches none, whatever it matches; empty takes all of these but the head. Or a
-            function of the name, which decides alone.
+            that it matches; if there are none, the head's; else whatever it matches. Empty takes all linear maps and
+            convolutions but the head. Or names, or a function of the name, which decide alone.
         rank: about how many numbers a block becomes: k_in * k_out, with k_in / k_out near sqrt(d_out / d_in). Layers
             too small for it keep fewer: `print(projection)` says which.
         min_rank: the least k_in and k_out, where the layer has as many.

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ghostfunc._factors import Dense, Factor, Own
+from ghostfunc._factors import Dense, Factor, Gather, Own
 from ghostfunc._interpreter import Interpreter
 from ghostfunc._operations import op_name
-from ghostfunc._sample_axis import Partition, SampleAxis
+from ghostfunc._sample_axis import Partition, RowMap, SampleAxis
 from ghostfunc._sites import Tracked
 from ghostfunc._tap import Use, tapped
 
@@ -49,6 +49,20 @@ def dense_or_own(entry: Tensor, samples: Partition, shape: torch.Size) -> Factor
     return Dense(samples.sum_to(entry, shape))
 
 
+def is_table_of_positions(narrow: torch.Size, shape: torch.Size) -> bool:
+    """Whether a tensor `[..., T, d]` that broadcasts to the data `[B, T, d]` has a row for each position."""
+    return narrow[-2:] == shape[-2:] and len(narrow) >= 2 and narrow[:-2].numel() == 1 and narrow[-2] > 1
+
+
+def looked_up(entry: Tensor, samples: RowMap) -> Gather:
+    """The factor of a tensor with a row for each position, from its gradient at every entry: a look-up of rows.
+
+    A segment has few of the positions, and one of its own gradients `[T, d]` would be as large as a batch's row.
+    """
+    positions = torch.arange(entry.shape[-2], device=entry.device).expand(entry.shape[:-1])
+    return Gather(samples.rows(positions.unsqueeze(-1)).squeeze(-1), samples.rows(entry))
+
+
 def lift(mode: Interpreter, op: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype | None = None) -> Tensor:
     """A tracked tensor as one that is used with data: broadcast, with a tap; any other tensor as it is.
 
@@ -69,6 +83,8 @@ def lift(mode: Interpreter, op: str, tensor: Tensor, shape: torch.Size, dtype: t
     narrow = base.real.shape
 
     def factor(g: Tensor, samples: Partition) -> Factor:
+        if mode.segments is not None and isinstance(samples, RowMap) and is_table_of_positions(narrow, g.shape):
+            return looked_up(g, samples)
         return dense_or_own(g, samples, narrow)
 
     use = Use(base, "dense", factor, lambda g: g.sum_to_size(narrow))

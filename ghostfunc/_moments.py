@@ -70,8 +70,12 @@ class Matrix:
             return shape == self.shape and entries is self.entries
         return torch.equal(entries, self.entries)
 
-    def add(self, factor: Rows) -> None:
-        """Add the positions of one use."""
+    def add(self, factors: Sequence[Rows]) -> None:
+        """Add the positions of some samples, from the factors of all uses."""
+        for factor in factors:
+            self._add(factor)
+
+    def _add(self, factor: Rows) -> None:
         p, q = self.shape
         right = (factor.g if isinstance(factor, Gather) else factor.right).flatten(0, 1)  # [N, q]
         if isinstance(factor, Gather):

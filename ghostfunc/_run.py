@@ -21,10 +21,11 @@ from torch.utils import _pytree as pytree
 
 from ghostfunc._contract import total
 from ghostfunc._errors import InteractingSamples, UnsupportedUse, interaction
-from ghostfunc._factors import Dense, Factor, Later, Own
+from ghostfunc._factors import Dense, Factor, Gather, Later, Own
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._interpreter import Interpreter
 from ghostfunc._nesting import functorch_level, own_level, readable, recorded, uncompiled, unrecorded, unwrapped
+from ghostfunc._operations import op_name
 from ghostfunc._probe import probe
 from ghostfunc._randomness import RandomState
 from ghostfunc._rules import apply_rule
@@ -512,4 +513,23 @@ def base_factor(result: Run, site: Site, factor: Factor, name: str) -> Factor:
     tracked = site.tracked
     if tracked.derivation is None and not isinstance(factor, (Own, Later)):
         return factor
+    if isinstance(factor, Gather) and (rows := _rows_picked(tracked, result.leaves[name])) is not None:
+        return Gather(rows[factor.ids], factor.g)
     return Dense(result.pull(tracked, name, factor.dense(tracked.real.shape)))
+
+
+def _rows_picked(tracked: Tracked, parameter: Tensor) -> Tensor | None:
+    """Which row of a table each row of a tensor is that was picked from it; None where it is no such tensor."""
+    how = tracked.derivation
+    if how is None or parameter.dim() != 2 or functorch_level() is not None or not readable(parameter):
+        return None
+    arguments = (*how.args, *how.kwargs.values())
+    if op_name(how.func) != "embedding" or not any(t.derivation is None for t in arguments if isinstance(t, Tracked)):
+        return None
+    (ids,) = (t for t in arguments if isinstance(t, Tensor) and not t.is_floating_point())
+    ones = parameter.new_ones(*ids.shape, parameter.shape[1])
+    with torch.enable_grad():  # a look-up that counts gradients in another way (padding) is not taken for one
+        leaf = torch.zeros_like(parameter).requires_grad_()
+        (counts,) = torch.autograd.grad(tracked.replay({tracked.names[0]: leaf}), [leaf], ones)
+    seen = torch.bincount(ids.flatten(), minlength=len(parameter)).to(counts)
+    return ids.flatten() if torch.equal(counts, seen.unsqueeze(1).expand_as(counts)) else None

@@ -48,17 +48,25 @@ class Block:
     @property
     def rows(self) -> int:
         """The rows of the matrix, p."""
-        return self.shape[0] if len(self.shape) > 1 else 1
+        return math.prod(self._table[:-1]) if self._table else self.shape[0] if len(self.shape) > 1 else 1
 
     @property
     def cols(self) -> int:
         """The columns of the matrix, q."""
         return math.prod(self.shape) // self.rows if self.rows else 0
 
+    @property
+    def _table(self) -> tuple[int, ...]:
+        """The shape of a table of more than two dimensions, whose rows are looked up; empty for anything else."""
+        looked_up = any(isinstance(f, Gather) for f in (*self.train, *self.val))
+        return self.shape if looked_up and len(self.shape) > 2 else ()
+
     def entries(self, tensor: Tensor) -> Tensor:
         """The block's entries of a tensor like the parameter: a view `[p, ...]`, to read or to write."""
         if self.part is not None:
             tensor = self.part.view(tensor)
+        if self._table:
+            return tensor.flatten(0, -2)
         return tensor if len(self.shape) > 1 else tensor.unsqueeze(0)
 
     def making(self, factors: Sequence[Factor]) -> int:

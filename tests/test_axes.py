@@ -30,7 +30,7 @@ def two_layers(p: Params, batch: dict[str, Tensor]) -> Tensor:
 
     rows = []
     for t in range(batch["ids"].shape[1]):
-        x = F.embedding(batch["ids"][:, t], at("emb", t))
+        x = F.embedding(batch["ids"][:, t], at("emb", t)) + at("pos", t)[0, t] + at("wpe", t)[POSITIONS[t]]
         h = F.linear(x, at("a.0.w", t), at("a.0.b", t)).tanh() * at("a.0.scale", t)
         rows.append(F.linear(h, at("a.1.w", t)).square().sum(-1))
     return torch.stack(rows, 1).tanh().mean(1)
@@ -38,11 +38,22 @@ def two_layers(p: Params, batch: dict[str, Tensor]) -> Tensor:
 
 def one_tensor_at_all_positions(p: Params, batch: dict[str, Tensor]) -> Tensor:
     """The same model, all positions in one tensor."""
-    h = F.linear(F.embedding(batch["ids"], p["emb"]), p["a.0.w"], p["a.0.b"]).tanh() * p["a.0.scale"]
+    where = F.embedding(torch.tensor([POSITIONS]), p["wpe"])  # [1, R, 4], as GPT-2 looks them up
+    h = F.embedding(batch["ids"], p["emb"]) + p["pos"] + where
+    h = F.linear(h, p["a.0.w"], p["a.0.b"]).tanh() * p["a.0.scale"]
     return F.linear(h, p["a.1.w"]).square().sum(-1).tanh().mean(1)
 
 
-SHAPES: dict[str, tuple[int, ...]] = {"emb": (5, 4), "a.0.w": (6, 4), "a.0.b": (6,), "a.0.scale": (6,), "a.1.w": (3, 6)}
+POSITIONS = (2, 0, 5, 2)
+SHAPES: dict[str, tuple[int, ...]] = {
+    "emb": (5, 4),
+    "pos": (1, R, 4),
+    "wpe": (6, 4),
+    "a.0.w": (6, 4),
+    "a.0.b": (6,),
+    "a.0.scale": (6,),
+    "a.1.w": (3, 6),
+}
 NDIM = {name: len(shape) for name, shape in SHAPES.items()}
 
 
@@ -74,7 +85,7 @@ def reference(token: dict[str, Tensor], val: dict[str, Tensor], axes: tuple[str,
     if "layer" in axes:
         layers: dict[str, Tensor] = {}
         for name, t in cube.items():
-            layer = {"emb": "emb"}.get(name, name[:3])
+            layer = name[:3]
             layers[layer] = layers[layer] + t if layer in layers else t
         return {layer: reduced(t) for layer, t in layers.items()}
     return reduced(sum(cube.values()))
