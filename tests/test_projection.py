@@ -404,15 +404,15 @@ def test_inner_products_in_expectation(kind):
     def model_fn(p: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
         return torch.stack([(F.linear(batch[0], w) * batch[1]).sum(1) for w in p.values()]).sum(0)
 
-    params = {f"w{k}": torch.zeros(18, 24, dtype=torch.float64) for k in range(100)}  # all have the same gradient
+    params = {f"w{k}": torch.zeros(18, 24, dtype=torch.float64) for k in range(60)}  # all have the same gradient
     found = []
     for seed in range(2):
         projection = gf.kronecker_projection(
             model_fn, params, (left, right), layers=everything, rank=36, min_rank=6, kind=kind, seed=seed
         )
-        y = gf.ghost_grad_proj(model_fn, params, (left, right), projection).view(2, 100, 36)
+        y = gf.ghost_grad_proj(model_fn, params, (left, right), projection).view(2, 60, 36)
         found.append((y[0] * y[1]).sum(1))
-    products = torch.cat(found)  # [200]
+    products = torch.cat(found)  # [120]
     standard_error = products.std() / math.sqrt(len(products))
     assert (products.mean() - (x[0] * x[1]).sum()).abs() < 4 * standard_error
     spread = math.sqrt((1 + 2 / 6) ** 2 - 1)
@@ -540,9 +540,19 @@ def test_layers():
     assert gpt2_layers("mlp, attn.c_attn") == [n for n in first + second if "mlp" in n or "c_attn" in n]
     assert gpt2_layers("wte") == ["wte.weight"]
     assert gpt2_layers("ln_f") == ["ln_f.weight", "ln_f.bias"]
+    assert gpt2_layers("transformer") == gpt2_layers(" ,") == first + second
+    assert gpt2_layers(["transformer.ln_f.bias"]) == ["ln_f.bias"]
     assert gpt2_layers(lambda name: name.endswith("c_fc.bias")) == ["h.0.mlp.c_fc.bias", "h.1.mlp.c_fc.bias"]
     with pytest.raises(ValueError, match=r"no parameter matches 'c_at'.*transformer\.h\.0\.attn\.c_attn\.weight"):
         gpt2_layers("c_at")
+
+
+def test_layers_of_a_head():
+    """A part that matches the head and its bias means the head's weight."""
+    model_fn, params, batch = two_layers()
+    assert list(gf.kronecker_projection(model_fn, params, batch, layers="4").slices) == ["4.weight"]
+    assert list(gf.kronecker_projection(model_fn, params, batch, layers="2,4.bias").slices) == ["2.weight", "4.bias"]
+    assert list(gf.kronecker_projection(model_fn, params, batch).slices) == ["0.weight", "2.weight"]
 
 
 def test_include():
