@@ -17,6 +17,9 @@ from oracle import assert_dots, per_sample_grads
 from test_flops import flops
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from zoo import ZooCase, in_double
+from zoo_language import LANGUAGE
+from zoo_others import OTHERS
 
 import ghostfunc as gf
 from ghostfunc._fisher import FisherPreconditioner
@@ -132,23 +135,63 @@ def test_a_convolution_is_a_linear_map_of_its_windows() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_ekfac_has_the_second_moments_of_per_sample_gradients_in_kfacs_basis(case: Case) -> None:
-    _, _, grads, k, e = explicit(case.name)
+    *_, grads, k, e = explicit(case.name)
+    assert_exact(grads, e)
+    for name, g in grads.items():
+        mean = g.square().mean()
+        for block, of_kfac in zip(e.blocks[name], k.blocks[name], strict=True):
+            assert abs(block.damping - 0.1 * mean) <= 1e-10 * mean, name
+            for side in (block.left, block.right):
+                assert side is None or torch.allclose(side.T @ side, torch.eye(len(side), dtype=DOUBLE), atol=1e-12)
+            for side, other in ((block.left, of_kfac.left), (block.right, of_kfac.right)):
+                assert side is other is None or torch.equal(side, other), name
+
+
+def assert_exact(grads: Params, e: FisherPreconditioner) -> None:
+    """The eigenvalues are the second moments of the oracle's gradients along the eigenvectors; blocks cover all."""
+    rounding = 1e-14 * max(g.abs().max() for g in grads.values())  # what is left of a gradient that is zero
     for name, g in grads.items():
         covered = torch.zeros(g.shape[1])
-        for block, other in zip(e.blocks[name], k.blocks[name], strict=True):
+        for block in e.blocks[name]:
             p, q = block.values.shape
             entries = torch.arange(p * q) if block.entries is None else block.entries
             covered[entries] += 1
             left = torch.eye(p, dtype=DOUBLE) if block.left is None else block.left
             right = torch.eye(q, dtype=DOUBLE) if block.right is None else block.right
-            assert_close(left.T @ left, torch.eye(p, dtype=DOUBLE))
-            assert torch.equal(left, left if other.left is None else other.left)
-            projected = left.T @ g[:, entries].view(-1, p, q) @ right
-            expected = projected.square().mean(0)
-            assert (block.values - expected).norm() <= 1e-10 * expected.norm(), name
-            mean = (g.square().mean(0)).mean()
-            assert abs(block.damping - 0.1 * mean) <= 1e-10 * mean, name
+            expected = (left.T @ g[:, entries].view(-1, p, q) @ right).square().mean(0)
+            assert (block.values - expected).norm() <= 1e-10 * expected.norm() + rounding**2, name
         assert (covered == 1).all(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*LANGUAGE, *OTHERS], ids=lambda case: case.name)
+def test_ekfac_is_exact_for_every_model(case: ZooCase) -> None:
+    built = in_double(case, CPU)
+    batches = [built.batch(3, 0), built.batch(2, 1)]
+    grads = gradients(built, batches)
+    assert_exact(grads, ekfac(built.model_fn, built.params, batches))
+
+
+def test_uses_without_a_rule_have_the_full_matrix() -> None:
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, w: Tensor) -> Tensor:
+            return 2 * w
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return 2 * g
+
+    def model_fn(p: Params, x: Tensor) -> Tensor:
+        return F.linear(x, Double.apply(p["w"])).pow(2).sum(1)
+
+    draw = Draw(DOUBLE, CPU)
+    params, x = draw.params(w=(2, 3)), draw.normal(5, 3)
+    with pytest.raises(gf.UnsupportedUse, match="w"):
+        ekfac(model_fn, params, [x])
+    e = ekfac(model_fn, params, [x], on_unsupported="dense")
+    assert e.how["w"] == "full Fisher 6 x 6"
+    assert_exact(gradients(Built(model_fn, params, lambda n, seed: None), [x]), e)
 
 
 @pytest.mark.parametrize("name", ["mlp", "convolution", "gpt2 tied", "derived", "heads", "weight twice", "recurrent"])
@@ -485,8 +528,9 @@ def test_arguments_that_cannot_be(make: Callable) -> None:
         make(model_fn, params, [])
     with pytest.raises(TypeError, match="batches is one batch, a dict"):
         make(model_fn, params, {"x": batches[0][0]})
-    with pytest.raises(ValueError, match="no parameter matches 'head'"):
-        make(model_fn, params, batches, layers="head")
+    for layers in ("head", lambda name: name == "head"):
+        with pytest.raises(ValueError, match="no parameter matches"):
+            make(model_fn, params, batches, layers=layers)
     with pytest.raises(ValueError, match=r"direction\['w'\] has shape \(4, 3\)"):
         make(model_fn, params, batches)({"w": params["w"].T})
     with pytest.raises(ValueError, match="v are not parameters of this preconditioner"):
@@ -498,6 +542,15 @@ def test_an_iterator_serves_one_pass() -> None:
     assert kfac(model_fn, params, iter(batches)).samples == 20
     with pytest.raises(TypeError, match="ekfac needs two"):
         ekfac(model_fn, params, iter(batches))
+
+    class Once(list):
+        def __iter__(self) -> Any:
+            found = self[:]
+            self.clear()
+            return iter(found)
+
+    with pytest.raises(ValueError, match="the second pass gave no batch"):
+        ekfac(model_fn, params, Once(batches))
 
 
 def test_what_is_not_finite_is_named() -> None:
