@@ -3,8 +3,10 @@
 from ghostfunc._errors import InteractingSamples, UnsupportedUse, VerificationError
 from ghostfunc._explain import explain
 from ghostfunc._factors import Dense, Gather, Outer
+from ghostfunc._fisher import FisherPreconditioner
 from ghostfunc._functionalize import functionalize
 from ghostfunc._heads import attention_heads
+from ghostfunc._kfac import ekfac, kfac
 from ghostfunc._kronecker import KroneckerProjection, kronecker_projection
 from ghostfunc._losses import causal_lm_loss, classification_loss
 from ghostfunc._many import (
@@ -44,6 +46,7 @@ __all__ = [
     "Dot",
     "DotLog",
     "EngineOutput",
+    "FisherPreconditioner",
     "Gather",
     "GhostEngineManager",
     "GradDotProdEngine",
@@ -68,6 +71,7 @@ __all__ = [
     "causal_lm_loss",
     "classification_loss",
     "diagonal",
+    "ekfac",
     "explain",
     "functionalize",
     "ghost_clipped_grad",
@@ -82,6 +86,7 @@ __all__ = [
     "ghost_quantities",
     "greedy_select",
     "in_run_values",
+    "kfac",
     "kronecker_projection",
     "per_sample_grad",
     "read_dot_log",
