@@ -125,7 +125,8 @@ class Trainer:
     def _build_engine(self) -> gf.GhostEngineManager:
         options = self.options
         val = self.run.corpora.val.sample(options.val_batch_size, seed=options.seed, step=0).tokens  # [m, T]
-        metric = gf.adam(self.optimizer, self.model) if options.metric == "adam" else None
+        # exact: with a frozen second moment, values of the first steps come out orders of magnitude too large.
+        metric = gf.adam(self.optimizer, self.model, exact=True) if options.metric == "adam" else None
         engine = gf.GhostEngineManager(options, self.model, self.optimizer, val_data=(val, val), precondition=metric)
         if options.method == "GradDotProd" and not options.eval_only:
             val_batch = {"input_ids": val, "labels": val}
