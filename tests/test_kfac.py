@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from oracle import assert_dots, per_sample_grads
 from test_flops import flops
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 from zoo import ZooCase, in_double
 from zoo_language import LANGUAGE
@@ -583,6 +585,32 @@ def test_uses_that_change_their_kind_are_refused() -> None:
 
 
 # --- cost -------------------------------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """The size in bytes of the largest result of an operation."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        sizes = [t.numel() * t.element_size() for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+        self.bytes = max(self.bytes, *sizes, 0)
+        return out
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_per_sample_gradients_are_never_there_at_once(tied: bool) -> None:
+    n, positions, width = 48, 2, 512
+
+    def model_fn(p: Params, ids: Tensor) -> Tensor:
+        h = F.embedding(ids, p["w"] if tied else p["w"].detach())
+        return F.linear(h, p["w"]).pow(2).mean((1, 2))
+
+    params = {"w": torch.randn(width, width) / width}
+    with Largest() as largest:
+        ekfac(model_fn, params, [torch.randint(width, (n, positions))])
+    assert 8 << 20 < largest.bytes <= 16 << 20 < n * width * width * 4
 
 
 def test_flops_beside_a_training_step() -> None:
