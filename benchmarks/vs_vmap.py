@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ import ghostfunc as gf
 
 RESULTS = Path(__file__).parent / "results" / "vs_vmap.json"
 Grads = dict[str, Tensor]
+Method = Callable[["Workload"], Any]
 
 
 class Workload(NamedTuple):
@@ -45,6 +46,7 @@ class Workload(NamedTuple):
     train: Any
     val: Any
     description: dict[str, Any]
+    module: nn.Module
 
 
 class Result(NamedTuple):
@@ -63,15 +65,17 @@ def mlp(device: torch.device) -> Workload:
     module = nn.Sequential(*layers, nn.Linear(sizes[-1], 10)).to(device)
     model_fn, params = gf.functionalize(module, gf.classification_loss)
     train, val = ((torch.randn(k, sizes[0]).to(device), torch.randint(10, (k,)).to(device)) for k in (n, m))
-    return Workload(model_fn, params, train, val, {"model": f"MLP {'-'.join(map(str, sizes))}-10", "B": n, "Bv": m})
+    description = {"model": f"MLP {'-'.join(map(str, sizes))}-10", "B": n, "Bv": m}
+    return Workload(model_fn, params, train, val, description, module)
 
 
 def gpt2(
-    device: torch.device, *, layers: int, heads: int, width: int, vocabulary: int, positions: int, tied: bool
-) -> Workload:
+    device: torch.device, *, layers: int, heads: int, width: int, vocabulary: int, positions: int, tied: bool,
+    samples: tuple[int, int] = (4, 1),
+) -> Workload:  # fmt: skip
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    n, m = 4, 1
+    n, m = samples
     config = GPT2Config(
         n_layer=layers, n_head=heads, n_embd=width, vocab_size=vocabulary, n_positions=positions,
         tie_word_embeddings=tied, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
@@ -81,7 +85,7 @@ def gpt2(
     model_fn, params = gf.functionalize(module, gf.causal_lm_loss)
     train, val = ({"input_ids": torch.randint(vocabulary, (k, positions)).to(device)} for k in (n, m))
     model = f"GPT-2 {layers} x {width}, vocabulary {vocabulary}, {'tied' if tied else 'untied'}"
-    return Workload(model_fn, params, train, val, {"model": model, "B": n, "Bv": m, "T": positions})
+    return Workload(model_fn, params, train, val, {"model": model, "B": n, "Bv": m, "T": positions}, module)
 
 
 WORKLOADS: dict[str, Callable[[torch.device], Workload]] = {
@@ -151,7 +155,7 @@ METHODS: dict[str, Callable[[Workload], Result]] = {
 # --- measurements -----------------------------------------------------------------------------------------------------
 
 
-def seconds(method: Callable[[Workload], Result], work: Workload, device: torch.device) -> float:
+def seconds(method: Method, work: Workload, device: torch.device) -> float:
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     synchronize()
     start = time.perf_counter()
@@ -162,14 +166,17 @@ def seconds(method: Callable[[Workload], Result], work: Workload, device: torch.
     return elapsed
 
 
-def times(work: Workload, rounds: int, device: torch.device) -> dict[str, dict[str, Any]]:
-    for method in METHODS.values():
+def times(
+    work: Workload, methods: Mapping[str, Method], rounds: int, device: torch.device
+) -> dict[str, dict[str, Any]]:
+    """Of methods that take turns, one of which is "plain"."""
+    for method in methods.values():
         seconds(method, work, device)
-    taken: dict[str, list[float]] = {name: [] for name in METHODS}
+    taken: dict[str, list[float]] = {name: [] for name in methods}
     for r in range(rounds):
-        names = list(METHODS)
+        names = list(methods)
         for name in names[r % len(names) :] + names[: r % len(names)]:
-            taken[name].append(seconds(METHODS[name], work, device))
+            taken[name].append(seconds(methods[name], work, device))
     ratios = {name: [t / p for t, p in zip(ts, taken["plain"], strict=True)] for name, ts in taken.items()}
     return {
         name: {
@@ -177,7 +184,7 @@ def times(work: Workload, rounds: int, device: torch.device) -> dict[str, dict[s
             "median_ratio": statistics.median(ratios[name]),
             "ratios": ratios[name],
         }
-        for name in METHODS
+        for name in methods
     }
 
 
@@ -189,20 +196,19 @@ def resident(field: str) -> int:
     return 1024 * int(match[1])
 
 
-def print_peak(size: str, method: str, device: torch.device) -> None:
+def print_peak(work: Workload, method: Method, device: torch.device) -> None:
     """Run one step and print its peak; what `peak` calls in a process of its own."""
-    work = build(size, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
         before = resident("VmRSS")
-    METHODS[method](work)
+    method(work)
     print((torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")) - before)
 
 
-def peak(size: str, method: str, arguments: argparse.Namespace) -> int:
-    command = [sys.executable, __file__, "--size", size, "--peak-of", method, "--device", arguments.device]
+def peak(script: str, size: str, method: str, arguments: argparse.Namespace) -> int:
+    command = [sys.executable, script, "--size", size, "--peak-of", method, "--device", arguments.device]
     command += ["--threads", str(arguments.threads)]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
@@ -254,10 +260,10 @@ def environment(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def measure(size: str, arguments: argparse.Namespace) -> dict[str, Any]:
     started = environment(arguments)
-    peaks = {name: peak(size, name, arguments) for name in METHODS}
+    peaks = {name: peak(__file__, size, name, arguments) for name in METHODS}
     work = build(size, torch.device(arguments.device))
     found = errors(work)
-    taken = times(work, arguments.rounds, torch.device(arguments.device))
+    taken = times(work, METHODS, arguments.rounds, torch.device(arguments.device))
     methods = {name: {**taken[name], "peak_bytes": peaks[name], "error": found.get(name)} for name in METHODS}
     return {**work.description, "environment": started, "rounds": arguments.rounds, "methods": methods}
 
@@ -282,19 +288,28 @@ def save(path: Path, results: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", nargs="+", choices=list(WORKLOADS), default=["mlp", "nano"])
+def arguments_of(
+    description: str | None, sizes: Mapping[str, Any], default: list[str], methods: Mapping[str, Any], results: Path
+) -> argparse.ArgumentParser:
+    """The arguments of a benchmark whose methods take turns."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", nargs="+", choices=list(sizes), default=default)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON file that gains these sizes")
-    parser.add_argument("--peak-of", choices=list(METHODS), help=argparse.SUPPRESS)
+    parser.add_argument("--results", type=Path, default=results, help="the JSON file that gains these sizes")
+    parser.add_argument("--peak-of", choices=list(methods), help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> None:
+    parser = arguments_of(__doc__, WORKLOADS, ["mlp", "nano"], METHODS, RESULTS)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="There is a performance drop")  # vmap over fused attention: exact, slower
     torch.set_num_threads(arguments.threads)
     if arguments.peak_of:
-        print_peak(arguments.size[0], arguments.peak_of, torch.device(arguments.device))
+        device = torch.device(arguments.device)
+        print_peak(build(arguments.size[0], device), METHODS[arguments.peak_of], device)
         return
     for size in arguments.size:
         result = measure(size, arguments)
