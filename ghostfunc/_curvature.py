@@ -10,7 +10,7 @@ own, whose derivative torch would take from whatever it happens to record.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from ghostfunc._bodies import body
+from ghostfunc._bodies import IN_STEPS, body
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._nesting import functorch_level, uncompiled
 from ghostfunc._operations import op_name
@@ -63,30 +63,9 @@ class _TwiceDifferentiable(TorchFunctionMode):
         name = op_name(func)
         if name in MAY_DRAW and draws(name, args, kwargs):
             args, kwargs = in_eval_mode(name, args, kwargs) or (args, kwargs)
-        if name == "weight_norm":
-            func = _weight_norm
-        if name == "layer_norm" and functorch_level() is not None:
-            func = _layer_norm
+        if name == "weight_norm" or functorch_level() is not None:
+            func = IN_STEPS.get(name, func)
         return func(*args, **kwargs)
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))
-
-
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *_: bool,
-) -> Tensor:
-    dims = tuple(range(-len(normalized_shape), 0))
-    centred = input - input.mean(dims, keepdim=True)
-    out = centred * torch.rsqrt(centred.pow(2).mean(dims, keepdim=True) + eps)
-    out = out if weight is None else out * weight
-    return out if bias is None else out + bias
 
 
 def curvature(

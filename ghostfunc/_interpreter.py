@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
-from ghostfunc._bodies import body
+from ghostfunc._bodies import IN_STEPS, body
 from ghostfunc._errors import UnsupportedUse
 from ghostfunc._follow import follow
 from ghostfunc._nesting import functorch_level, leaf_at, readable, saved_tensors_are_hooked
@@ -228,6 +228,9 @@ class Interpreter(TorchFunctionMode):
             with self:
                 return steps(*args, **kwargs)
         name = op_name(func)
+        if self.nested and name in IN_STEPS:  # an outer transform may differentiate what the backward gives
+            with self:
+                return IN_STEPS[name](*args, **kwargs)
         if name in MAY_DRAW and draws(name, args, kwargs):
             func, args, kwargs = self._drawing(name, func, args, kwargs)
         tensors = tensors_in(args) + tensors_in(kwargs.values())

@@ -129,16 +129,18 @@ def accumulate(block: Block, accumulators: list[Accumulator], *, want_grad: bool
     return grad
 
 
-def _positions(factors: tuple[Factor, ...]) -> list[int]:
-    return [f.g.shape[1] for f in factors if isinstance(f, Outer | Gather)]
-
-
 def _pairs(block: Block, ours: tuple[Factor, ...], theirs: tuple[Factor, ...], *, n: int, m: int) -> float | int:
     """FLOPs of the products of every position of n samples with every position of m, use by use."""
-    width = block.rows + block.cols
-    by_positions = sum(2.0 * n * a * m * b * width for a in _positions(ours) for b in _positions(theirs))
-    dense = sum(not isinstance(f, Outer | Gather) for f in (*ours, *theirs))
-    return by_positions + dense * 2.0 * n * m * block.rows * block.cols
+    flops = 0
+    for one in ours:
+        for other in theirs:
+            if isinstance(one, Outer | Gather) and isinstance(other, Outer | Gather):
+                indexed = isinstance(one, Gather) or isinstance(other, Gather)  # the rows' side is no product then
+                width = block.cols + (0 if indexed else block.rows)
+                flops += 2 * n * one.g.shape[1] * m * other.g.shape[1] * width
+            else:
+                flops += 2 * n * m * block.rows * block.cols
+    return flops
 
 
 # ---------------------------------------------------------------- what a user asks for

@@ -68,6 +68,27 @@ def test_derivatives_in_params(name: str, schedule: str) -> None:
     torch.testing.assert_close(total, (expected * weights).sum(), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("transform", [grad, jvp])
+def test_derivatives_through_weight_norm(transform: Any) -> None:
+    """By differences: torch's own second derivative of the fused operation is wrong."""
+    (model_fn, params, _), train, val = built("weight norm")
+    tangent = {key: torch.randn_like(p) for key, p in params.items()}
+
+    def dots(p: Params) -> Tensor:
+        return gf.ghost_grad_dot(model_fn, p, train, val).sum()
+
+    def moved(step: float) -> Tensor:
+        return dots({key: p + step * tangent[key] for key, p in params.items()})
+
+    expected = (moved(1e-5) - moved(-1e-5)) / 2e-5
+    if transform is grad:
+        slope = grad(dots)(params)
+        found = torch.stack([(slope[key] * tangent[key]).sum() for key in params]).sum()
+    else:
+        _, found = jvp(dots, (params,), (tangent,))
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
 @pytest.mark.parametrize("schedule", ["joint", "two-phase"])
 @pytest.mark.parametrize("name", NAMES)
 def test_an_ensemble(name: str, schedule: str) -> None:
