@@ -29,7 +29,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
 
 import ghostfunc as gf
 
@@ -164,6 +166,13 @@ def seconds(method: Method, work: Workload, device: torch.device) -> float:
     elapsed = time.perf_counter() - start
     del result
     return elapsed
+
+
+def flops(run: Callable[[], Any]) -> int:
+    """Matrix products and convolutions, those of attention in plain products: a CPU's fused kernel is not counted."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return counter.get_total_flops()
 
 
 def times(
