@@ -129,7 +129,8 @@ def entries_of(site: Site) -> Entries | None:
     split = max(real.dim() - 1, 0) if site.kind == "dense" else min(real.dim(), 1)
     parameter = root.real
     if tracked is root:
-        return _strided(0, real.shape, torch.empty(real.shape, device="meta").stride(), split)
+        in_order = [prod(real.shape[dim + 1 :]) for dim in range(real.dim())]  # whatever its strides are
+        return _strided(0, real.shape, in_order, split)
     if functorch_level() is not None or not readable(parameter):
         return None
     same_memory = parameter.untyped_storage().data_ptr() == real.untyped_storage().data_ptr()

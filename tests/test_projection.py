@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import peak_memory
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,11 @@ from cases import BY_NAME, CASES, Draw, Params, functionalized, squared, tensors
 from hard import HARD
 from oracle import per_sample_grads
 from test_flops import flops, gpt2
+from test_memory import Allocations
 from torch import Tensor, nn
 from torch.func import grad, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import ghostfunc as gf
@@ -632,7 +636,48 @@ def test_errors():
         gf.ghost_grad_proj(*two_layers(41), projection)
 
 
-# ---------------------------------------------------------------- arithmetic
+# ---------------------------------------------------------------- memory and arithmetic
+
+
+def test_nothing_outlives_its_layer():
+    """Of a tied head no `[B, T, V]` is left when the backward of the body begins; nothing is as large as B weights."""
+    samples, positions, vocabulary, width = 4, 32, 1500, 8
+    model_fn, params = gpt2(tied=True, layers=1, width=width, heads=2, vocabulary=vocabulary, positions=positions)
+    batch = {"input_ids": torch.randint(vocabulary, (samples, positions))}
+    projection = gf.kronecker_projection(model_fn, params, batch, include=INCLUDE, rank=64)
+    with Allocations(large=samples * positions * vocabulary) as recorded:
+        gf.ghost_grad_proj(model_fn, params, batch, projection)
+    assert recorded.large_storages  # the logits were seen
+    assert max(max(counts) for counts in recorded.large_alive_at.values()) > 0
+    assert set(recorded.large_alive_at["native_layer_norm_backward"]) == {0}
+
+
+def test_no_gradient_of_a_weight_is_allocated():
+    """No operation makes a tensor as large as a weight, where rows and projections are smaller."""
+    params = {"up": torch.randn(1024, 512) / 512, "down": torch.randn(512, 1024) / 1024}
+    x = torch.randn(4, 8, 512)
+    projection = gf.kronecker_projection(peak_memory.model_fn, params, x, include=("head",), rank=64)
+    made = Made()
+    with made:
+        gf.ghost_grad_proj(peak_memory.model_fn, params, x, projection)
+    assert 4 * 8 * 1024 <= made.largest < 512 * 1024
+    with made:
+        gf.value_and_grad_dot(peak_memory.model_fn, params, x, x)
+    assert made.largest >= 512 * 1024  # the mean gradient
+
+
+class Made(TorchDispatchMode):
+    """Records the largest tensor that an operation makes, views of its arguments aside."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, t.untyped_storage().nbytes() // t.element_size())
+        return out
 
 
 def only_input_gradients(model_fn: Any, params: Params, batch: Any, lowest: str) -> int:
