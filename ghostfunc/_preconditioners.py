@@ -41,8 +41,9 @@ def adam(optimizer: Optimizer, model: nn.Module, *, exact: bool = False) -> Adam
     no single sample changes it to first order. With exact=False the part of such an entry (in a row of an embedding
     that is seen for the first time, say) is zero, except at step 0, when all entries are so: there P is (1 - b1) /
     (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps), with the second moment of this very step. P g = U(g), so that the samples
-    share out the step, which ranks them well but is many times what leaving one out changes; exact=True stays the
-    derivative (benchmarks/adam_leave_one_out.py has both). At step 0 the mean train gradient is needed either way.
+    share out the step. That ranks samples better than the derivative, which exact=True still is, and is some thirty
+    times what leaving one out changes. At step 0 the mean train gradient is needed either way. How good all of these
+    are, step by step: benchmarks/adam_leave_one_out.py.
 
     Gradients that are clipped, scaled or averaged over ranks between `backward()` and `optimizer.step()` are not known
     here. `precondition.update(mean_train_gradient)` is the whole change of the parameters divided by -lr, with momentum
