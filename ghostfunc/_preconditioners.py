@@ -249,6 +249,8 @@ class AdafactorMetric(OfOptimizer):
     about_train_gradient = True
 
     def __init__(self, optimizer: Optimizer, model: nn.Module) -> None:
+        if not hasattr(torch.optim, "Adafactor"):
+            raise TypeError("gf.adafactor is for torch.optim.Adafactor, which this torch does not have; 2.5 does.")
         super().__init__(optimizer, model, "adafactor", (torch.optim.Adafactor,))
 
     def __call__(self, direction: Direction, mean_train_gradient: Direction) -> Direction:

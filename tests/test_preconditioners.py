@@ -72,6 +72,8 @@ ADAFACTORS: dict[str, Make] = {
         [group | {"eps": (1e-9, 1e-4), "d": 2.0} for group in groups(m)], lr=1e-2, beta2_decay=-0.4, foreach=True
     ),
 }
+if not hasattr(torch.optim, "Adafactor"):  # before torch 2.5
+    ADAFACTORS.clear()
 
 
 def setting(make: Make, steps: int, model: str = "gpt2") -> Any:
@@ -396,7 +398,7 @@ def test_errors():
     for optimizer in (torch.optim.SGD(model.parameters(), lr=1), torch.optim.NAdam(model.parameters())):
         with pytest.raises(TypeError, match=r"torch\.optim\.Adam, torch\.optim\.AdamW"):
             gf.adam(optimizer, model)
-    with pytest.raises(TypeError, match=r"torch\.optim\.Adafactor"):
+    with pytest.raises(TypeError, match=r"torch\.optim\.Adafactor"):  # an old torch does not have it
         gf.adafactor(fine, model)
     with pytest.raises(TypeError, match="_OwnStep"):
         gf.adam(_OwnStep(model.parameters()), model)
