@@ -25,6 +25,7 @@ from ghostfunc._nesting import functorch_level, readable, recorded
 
 TILE_BYTES = 16 << 20
 _GRAM_BYTES = 256 << 20
+_LONG = 1 << 16  # entries that one float32 product sums without losing a digit
 MEMORY_BOUND = 32  # FLOPs of a matrix product that cost what the stream's pass over one tile entry costs (measured)
 
 
@@ -193,10 +194,22 @@ def tile_loop(
         tile = buffer[: n * (stop - start) * q].view(n, stop - start, q)
         for sample in range(n):
             torch.mm(left[sample, :, start:stop].t(), right[sample], out=tile[sample])
-        dots += tile.view(n, -1) @ directions.tile(start, stop).reshape(directions.count, -1).t()
+        dots += long_products(tile.view(n, -1), directions.tile(start, stop).reshape(directions.count, -1))
         if grad is not None:
             torch.sum(tile, 0, out=grad[start:stop])
     return dots, grad
+
+
+def long_products(rows: Inexact[Tensor, "n s"], others: Inexact[Tensor, "k s"]) -> Inexact[Tensor, "n k"]:
+    """Dot products of rows with rows, summed in blocks: over millions of entries one product loses a digit or two."""
+    blocks = rows.shape[1] // _LONG
+    if blocks < 2:
+        return rows @ others.t()
+    whole = blocks * _LONG
+    left = rows[:, :whole].unflatten(1, (blocks, _LONG)).transpose(0, 1)  # [blocks, n, s']
+    right = others[:, :whole].unflatten(1, (blocks, _LONG)).permute(1, 2, 0)  # [blocks, s', k]
+    products = torch.bmm(left, right).sum(0)
+    return products if whole == rows.shape[1] else products + rows[:, whole:] @ others[:, whole:].t()
 
 
 def along(factor: Factor, directions: Inexact[Tensor, "k ..."]) -> Inexact[Tensor, "b k"]:
@@ -217,7 +230,7 @@ def along(factor: Factor, directions: Inexact[Tensor, "k ..."]) -> Inexact[Tenso
     if isinstance(factor, Later):
         return torch.cat([along(chunk, directions) for chunk in factor.chunks()])
     if isinstance(factor, Dense):
-        return factor.grad.reshape(len(factor.grad), -1) @ directions.reshape(len(directions), -1).t()
+        return long_products(factor.grad.reshape(len(factor.grad), -1), directions.reshape(len(directions), -1))
     rows = slice(factor.start, factor.start + len(factor.grad))
     return torch.stack(
         [(factor.axis.split(d)[rows] * factor.grad).reshape(len(factor.grad), -1).sum(1) for d in directions], 1

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ghostfunc._axes import Axes, LayerOf, arrange, parse
-from ghostfunc._contract import MEMORY_BOUND, along, pair, pair_own, pair_sum
+from ghostfunc._contract import MEMORY_BOUND, along, long_products, pair, pair_own, pair_sum
 from ghostfunc._factors import Factor, Gather, Outer
 from ghostfunc._kronecker import KroneckerProjection
 from ghostfunc._tiles import Block, Tile, tiles
@@ -192,7 +192,7 @@ class _AlongOne(Accumulator):
 
     def by_tile(self, tile: Tile) -> None:
         rows = _direction_of(tile.block, self.direction, self.setting.dtype)[tile.start : tile.stop]
-        self.add(tile.name, tile.flat @ rows.reshape(-1, 1))
+        self.add(tile.name, long_products(tile.flat, rows.reshape(1, -1)))
 
 
 class Dots(_AlongOne):
@@ -232,7 +232,7 @@ class Dots(_AlongOne):
         if not self.val:
             super().by_tile(tile)
             return
-        self.add(tile.name, tile.flat @ (tile.val if self.each else tile.val_sum).t())
+        self.add(tile.name, long_products(tile.flat, tile.val if self.each else tile.val_sum))
 
     def value(self) -> Any:
         mean = not self.each and self.asked.reduction == "mean"
@@ -314,7 +314,7 @@ class _Gram(Accumulator):
                 self.add(block.name, cross + cross.t())
 
     def by_tile(self, tile: Tile) -> None:
-        self.add(tile.name, tile.flat @ tile.flat.t())
+        self.add(tile.name, long_products(tile.flat, tile.flat))
 
     def value(self) -> Any:
         return arrange(self.columns, self.axes, has=("train", "other"), layer_of=self.asked.layer_of)
