@@ -1,6 +1,6 @@
 """Clipped gradients by `ghost_clipped_grad` and by Opacus: FLOPs, time, memory, and how far they are apart.
 
-    python benchmarks/clipping.py                       # benchmarks/results/clipping.json, two minutes
+    python benchmarks/clipping.py                       # benchmarks/results/clipping.json, some minutes
     python benchmarks/clipping.py --size transformer    # one model; the others keep their results
 
 Every method gives the sum of per-sample gradients, each clipped to the median of their norms (a plain step: the mean

@@ -6,6 +6,7 @@ At the loss's own scale the weights differ by 1e-6 C / (|g_b| (|g_b| + 1e-6)) wh
 1e-6 C / (|g_b| + 1e-6) for each such sample, at most.
 """
 
+import json
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -175,3 +176,16 @@ def test_the_benchmark_compares_like_with_like(monkeypatch: pytest.MonkeyPatch) 
     assert benchmark.difference(steps["plain"](), reference) > 0.1
     counted = {name: benchmark.flops(step) for name, step in steps.items()}
     assert counted["plain"] <= counted["ghostfunc"] < counted["opacus hooks"] < counted["opacus ghost"]
+
+
+def test_the_committed_results() -> None:
+    """Every method is there, the sums agree, and clipping from one backward takes fewer products than from two."""
+    results = json.loads(benchmark.RESULTS.read_text(encoding="utf-8"))
+    assert list(results) == list(benchmark.SIZES)
+    for result in results.values():
+        methods = result["methods"]
+        assert list(methods) == list(benchmark.METHODS)
+        assert all(row["difference"] < 1e-4 for name, row in methods.items() if name != "plain")
+        assert methods["ghostfunc"]["difference"] < 1e-5
+        assert methods["plain"]["flops"] <= methods["ghostfunc"]["flops"] < methods["opacus ghost"]["flops"]
+        assert all(len(row["ratios"]) == result["rounds"] and row["peak_bytes"] > 0 for row in methods.values())
