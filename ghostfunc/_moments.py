@@ -166,17 +166,19 @@ def nearest_kronecker(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> tupl
     lefts, rights = _alike(lefts), _alike(rights)
     if len(lefts) == 1:
         return lefts[0], rights[0]
-    # The sides of each product at the same scale, so that no Gram matrix is of numbers of unlike size.
-    norms = [(left.norm(), right.norm()) for left, right in zip(lefts, rights, strict=True)]
-    ratios = [torch.where((a > 0) & (b > 0), (b / a).sqrt(), 1.0) for a, b in norms]
-    a = torch.stack([left.flatten() * ratio for left, ratio in zip(lefts, ratios, strict=True)])
-    b = torch.stack([right.flatten() / ratio for right, ratio in zip(rights, ratios, strict=True)])  # Z = a^T b
+    tiny = torch.finfo(lefts[0].dtype).tiny
+    left_norms = torch.stack([left.norm() for left in lefts])
+    right_norms = torch.stack([right.norm() for right in rights])
+    weights = left_norms * right_norms
+    scale = weights.max().clamp(min=tiny)  # gradients are small numbers, and Gram matrices have them to the fourth
+    a = torch.stack([left.flatten() for left in lefts]) * (weights / scale / left_norms.clamp(min=tiny)).unsqueeze(1)
+    b = torch.stack([right.flatten() for right in rights]) / right_norms.clamp(min=tiny).unsqueeze(1)  # Z = scale a^T b
     values, vectors = torch.linalg.eigh(b @ b.t())
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.t()  # of the Gram matrix of the R_u
     first = torch.linalg.eigh(root @ (a @ a.t()) @ root)[1][:, -1]
-    left = (root @ first).abs() @ a  # Z y, y = sum_u beta_u vec(R_u) of length 1
-    right = (a @ left) @ b / left.norm().square().clamp(min=torch.finfo(left.dtype).tiny)  # Z^T x / |x|^2
-    return left.view_as(lefts[0]), right.view_as(rights[0])
+    left = (root @ first).abs() @ a  # Z y / scale, y = sum_u beta_u vec(R_u) of length 1
+    right = (a @ left) @ b / left.norm().square().clamp(min=tiny)  # Z^T x / |x|^2 of x = left
+    return scale * left.view_as(lefts[0]), right.view_as(rights[0])
 
 
 def _alike(moments: Sequence[Tensor]) -> list[Tensor]:

@@ -262,6 +262,19 @@ def test_the_nearest_kronecker_product_is_the_first_term_of_the_svd(
         assert torch.linalg.eigvalsh(side).min() >= -1e-12 * side.norm()
 
 
+def test_the_nearest_kronecker_product_of_small_numbers() -> None:
+    draw = Draw(torch.float32, CPU)
+    lefts, rights = ([a @ a.T for a in (draw.normal(3, 3), draw.normal(3, 3))] for _ in range(2))
+    expected = torch.kron(*nearest_kronecker(lefts, rights))
+    for size in (1e-20, 1e15):
+        small = nearest_kronecker(lefts, [size * right for right in rights])
+        assert_close(torch.kron(*small) / size, expected, 1e-5)
+    none = nearest_kronecker([0 * left for left in lefts], rights)
+    assert not torch.kron(*none).any()
+    one = nearest_kronecker([lefts[0], 0 * lefts[1]], rights)
+    assert_close(torch.kron(*one), torch.kron(lefts[0], rights[0]), 1e-5)
+
+
 # --- the preconditioner -----------------------------------------------------------------------------------------------
 
 
