@@ -26,9 +26,7 @@ from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientCli
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 from vs_vmap import Workload
 
 import ghostfunc as gf
@@ -196,12 +194,6 @@ def difference(grads: Grads, reference: Grads) -> float:
     return (gaps.norm() / torch.stack([g.norm() for g in reference.values()]).norm()).item()
 
 
-def flops(step: Step) -> int:
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        step()
-    return counter.get_total_flops()
-
-
 def measure(size: str, arguments: Any) -> dict[str, Any]:
     device = torch.device(arguments.device)
     environment = {**vs_vmap.environment(arguments), "opacus": opacus.__version__}
@@ -209,7 +201,7 @@ def measure(size: str, arguments: Any) -> dict[str, Any]:
     work = build(size, device)
     max_norm = gf.ghost_grad_norm(work.model_fn, work.params, work.train).median().item()
     steps = {name: prepare(work, max_norm) for name, prepare in METHODS.items()}
-    counted = {name: flops(step) for name, step in steps.items()}
+    counted = {name: vs_vmap.flops(step) for name, step in steps.items()}
     reference = by_loop(work, max_norm)
     differences = {name: difference(step(), reference) for name, step in steps.items() if name != "plain"}
     taken = vs_vmap.times(work, {name: lambda _, s=s: s() for name, s in steps.items()}, arguments.rounds, device)
