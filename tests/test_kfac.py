@@ -461,6 +461,18 @@ def test_other_dtypes_and_devices(device: torch.device) -> None:
     assert_close(half.double().cpu(), exact, 3e-2)
 
 
+def test_dropout_is_off() -> None:
+    module = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 3))
+    batches = [(torch.randn(n, 4), torch.randint(3, (n,))) for n in (5, 3)]
+    solved = []
+    for mode in (True, False):
+        model_fn, params = gf.functionalize(module.train(mode), gf.classification_loss)
+        solved.append(ekfac(model_fn, params, batches)(params))
+        assert module[1].training == mode
+    for name in params:
+        assert torch.equal(solved[0][name], solved[1][name])
+
+
 def test_autocast_and_gradients_around_the_call_are_left_out() -> None:
     model_fn, params, batches = linear_model(torch.float32)
     expected = kfac(model_fn, params, batches)(params)["w"]
