@@ -219,12 +219,14 @@ def caption(results: dict[str, Any]) -> str:
     models = [results[size] for size in SIZES]
     first, environment = models[0], models[0]["environment"]
     threads = environment["threads"]
+    load = max(model["environment"]["load_average_before"] for model in models)
     batches = [", ".join(f"{key}={model[key]}" for key in ("B", "Bv", "T") if key in model) for model in models]
     return (
         f"{first['model']} with {batches[0]}; {models[1]['model']} with {batches[1]}, and with {batches[2]}. torch "
         f"{environment['torch']}, {environment['dtype']}, {environment['device']}, {threads} "
-        f"thread{'s' * (threads > 1)} of {environment['cores']}; medians of {first['rounds']} interleaved rounds. Raw "
-        "numbers: [benchmarks/results/quantities.json](../benchmarks/results/quantities.json)."
+        f"thread{'s' * (threads > 1)}; {environment['cores']} cores with a load average of up to {load:.0f}. Medians of "
+        f"{first['rounds']} interleaved rounds. Raw numbers: "
+        "[benchmarks/results/quantities.json](../benchmarks/results/quantities.json)."
     )
 
 
@@ -232,16 +234,14 @@ METRICS = {
     "plain dots": "plain, first",
     "`adam(optimizer, model)`": "diagonal, first",
     "`adam(..., exact=True)`": "derivative, first",
-    "`in_run_values` of order 2 under it": "derivative, second",
+    "`in_run_values`, order 2, `exact=True`": "derivative, second",
 }
 
 
 def agreement(adam: dict[str, Any]) -> str:
     """How well dots under each metric foretell what leaving a sample out of AdamW's step changes."""
     stretches = adam["stretches"]
-    heads = [
-        f"steps {stretch['first_step']} to {stretch['first_step'] + len(stretch['steps']) - 1}" for stretch in stretches
-    ]
+    heads = [stretch["what"] for stretch in stretches]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for label, method in METRICS.items():
         of_steps = [[found["pearson"] for found in stretch["by_step"][method]] for stretch in stretches]
