@@ -1,14 +1,23 @@
 """The greedy rule against its definition written out, and the example that trains with it."""
 
+import json
 import math
+import shlex
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import per_sample_grads
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ghostfunc as gf
+import select_batches
+from shared.domain_list import domain_file, split_folder
 
+ROOT = Path(__file__).parents[1]
 repeatable = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
@@ -121,13 +130,30 @@ def test_dtypes_inputs_and_results(dtype, device):
     assert torch.equal(chosen, exact)
 
 
+def test_no_choice_waits_for_the_host():
+    """What would make a GPU's queue drain, a value that the host reads or a shape that depends on one, is not used."""
+    waits = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "unique_dim", "_unique2", "equal"}
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    g, v = gradients(9, 4, 0)
+    with Watch():
+        gf.greedy_select(g @ v, g @ g.T, 6, lr=0.5)
+    assert seen.count("argmax") == 6
+    assert not waits & set(seen)
+
+
 def test_with_a_model_s_dots_and_gram(device):
     """Dots and Gram as the transforms give them choose what per-sample gradients choose."""
     model_fn, params = gf.functionalize(torch.nn.Linear(4, 3).double().to(device), gf.classification_loss)
     x, y = torch.randn(13, 4, dtype=torch.float64).to(device), torch.randint(3, (13,)).to(device)
     candidates, val = (x[:10], y[:10]), (x[10:], y[10:])
     dots = gf.ghost_grad_dot(model_fn, params, candidates, val)
-    gram = gf.ghost_grad_dot(model_fn, params, candidates, candidates, out="train val")
+    gram = gf.ghost_grad_gram(model_fn, params, candidates)
     g, v = (
         torch.cat([grad.flatten(1) for grad in gf.per_sample_grad(model_fn, params, batch).values()], 1).cpu()
         for batch in (candidates, val)
@@ -175,3 +201,116 @@ def test_a_gram_that_is_symmetric_up_to_rounding_is_taken():
     assert torch.equal(gf.greedy_select(g @ v, gram + noise, 5, lr=0.5), want)
     with pytest.raises(ValueError, match="not symmetric"):
         gf.greedy_select(g @ v, gram + 1e5 * noise, 5, lr=0.5)
+
+
+# --- the example ------------------------------------------------------------------------------------------------------
+
+TINY = shlex.split(
+    "--steps 4 --evaluate_every 2 --candidates 6 --batch_size 2 --val_batch_size 2 --block_size 6 --vocabulary 24 "
+    "--warmup_steps 1 --val_domain code"
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two domains of regular but different texts, with some ids that are rare in training."""
+    folder = tmp_path_factory.mktemp("data")
+    for split, tokens in (("train", 600), ("validation", 90), ("test", 60)):
+        place = split_folder(folder, split)
+        place.mkdir(exist_ok=True)
+        for domain, stride in (("code", 3), ("prose", 7)):
+            ids = np.arange(tokens) * stride % 22
+            ids[::50] = 1000 + np.arange(len(ids[::50])) % 5
+            ids.astype("<u2").tofile(domain_file(folder, split, domain))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small_run(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    options = [*TINY, "--seeds", "0", "1", "--data_dir", str(data)]
+    results = select_batches.main([*options, "--json", str(out / "s.json"), "--figure", str(out / "s.png")])
+    return results, out
+
+
+def test_the_example_compares_all_methods_and_writes_what_it_found(small_run):
+    results, out = small_run
+    assert json.loads((out / "s.json").read_text()) == results
+    assert (out / "s.png").read_bytes().startswith(b"\x89PNG")
+    assert [(run["seed"], run["method"]) for run in results["runs"]] == [
+        (seed, method) for seed in (0, 1) for method in select_batches.METHODS
+    ]
+    costs = {method: cost["relative_flops"] for method, cost in results["costs"].items()}
+    assert costs["random"] == 1 < costs["top-k"] < costs["greedy"] == costs["greedy-length"]
+    for run in results["runs"]:
+        last = 4 if run["method"] != "random" else 2 * math.ceil(4 * costs["greedy"] / 2)
+        assert run["steps"] == list(range(2, last + 1, 2)) and len(run["losses"]) == len(run["share"]) == last // 2
+        assert all(0 < loss < math.log(30) for loss in run["losses"]) and run["losses"][-1] < run["losses"][0]
+    lines = select_batches.table(results).splitlines()
+    assert len(lines) == 6 and lines[2].startswith("random") and "1.00x" in lines[2]
+
+
+def test_the_methods_share_the_start_and_the_candidates_of_a_seed(data):
+    options = select_batches.build_parser().parse_args(TINY)
+    texts = select_batches.Texts(data, "code", block_size=6, vocabulary=24)
+    one, other, elsewhere = (
+        select_batches.Training(method, options, texts, seed)
+        for method, seed in (("random", 0), ("greedy", 0), ("greedy", 1))
+    )
+    assert one.held_out_loss() == other.held_out_loss() != elsewhere.held_out_loss()
+    pools = []
+    for training in (one, other):
+        choose = training._choose
+        training._choose = lambda pool, rate, choose=choose: pools.append(pool["input_ids"]) or choose(pool, rate)
+        training.step()
+    assert torch.equal(pools[0], pools[1])
+
+
+def test_what_greedy_and_top_k_choose_is_what_the_gradients_say(data):
+    options = select_batches.build_parser().parse_args(TINY)
+    texts = select_batches.Texts(data, "code", block_size=6, vocabulary=24)
+    training = select_batches.Training("greedy", options, texts, 0)
+    training.model.double()
+    training.params = {name: p.detach() for name, p in training.model.named_parameters()}
+    pool, _ = texts.draw(texts.train, 6, 0, 0)
+    val, _ = texts.draw(texts.val, 2, 0, 0)
+    g, v = (
+        torch.cat([grad.flatten(1) for grad in per_sample_grads(training.model_fn, training.params, batch).values()], 1)
+        for batch in (pool, val)
+    )
+    for method, rate in (("greedy", 0.1), ("greedy", 3.0), ("top-k", 0.1)):
+        training.method = method
+        want = by_definition(g, v.mean(0), 2, rate if method == "greedy" else 0.0)
+        assert training._choose(pool, rate).tolist() == want
+
+
+def test_rare_tokens_are_read_but_are_no_labels(data):
+    texts = select_batches.Texts(data, "code", block_size=6, vocabulary=24)
+    batch, domains = texts.draw(texts.train, 100, 0, 0)
+    assert set(domains) == {"code", "prose"}
+    rare = batch["input_ids"] == 23
+    assert rare.any() and (batch["labels"][rare] == -100).all()
+    assert torch.equal(batch["labels"][~rare], batch["input_ids"][~rare])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "5"], "--steps must be a multiple of --evaluate_every"),
+        (["--batch_size", "7"], "--batch_size must be from 1 to --candidates"),
+        (["--val_domain", "poetry"], "no validation file for poetry"),
+    ],
+)
+def test_the_example_says_which_option_is_wrong(data, options, message, capsys):
+    with pytest.raises(SystemExit):
+        select_batches.main([*TINY, "--data_dir", str(data), *options])
+    assert message in capsys.readouterr().err
+
+
+def test_the_committed_result_is_of_three_seeds_and_of_the_script_as_it_is():
+    results = json.loads((ROOT / "benchmarks" / "results" / "selection.json").read_text())
+    defaults = vars(select_batches.build_parser().parse_args([]))
+    assert results["setting"] == {name: defaults[name] for name in results["setting"]}
+    assert {run["seed"] for run in results["runs"]} == {0, 1, 2} and len(results["runs"]) == 12
+    printed = (ROOT / "examples" / "README.md").read_text()
+    assert select_batches.table(results) in printed
