@@ -380,6 +380,21 @@ def test_experts_have_a_block_each_also_those_of_later_batches_and_of_none() -> 
     assert_close(solved[1], parts[1].solve(v.flatten()).view(4, 4))
 
 
+def test_entries_that_several_matrices_share_have_the_full_matrix() -> None:
+    def model_fn(p: Params, x: Tensor) -> Tensor:
+        overlapping = F.linear(x, p["slices"][:2]) * F.linear(x, p["slices"][1:])
+        return (overlapping + F.linear(x, p["rows"][[0, 0]])).pow(2).sum(1)
+
+    draw = Draw(DOUBLE, CPU)
+    params, x = draw.params(slices=(3, 4), rows=(2, 4)), draw.normal(5, 4)
+    e = ekfac(model_fn, params, [x])
+    assert e.how == {"slices": "full Fisher 12 x 12", "rows": "full Fisher 8 x 8"}
+    grads = gradients(Built(model_fn, params, lambda n, seed: None), [x])
+    assert_exact(grads, e)
+    for name, g in grads.items():
+        assert_close(fisher_of(e, name), g.T @ g / 5)
+
+
 def test_frozen_unused_and_left_out_parameters_are_said() -> None:
     built, batches, *_, e = explicit("mlp frozen")
     assert list(e.how) == list(built.params) == ["1.weight", "2.bias", "4.weight"]
