@@ -224,8 +224,8 @@ def caption(results: dict[str, Any]) -> str:
     return (
         f"{first['model']} with {batches[0]}; {models[1]['model']} with {batches[1]}, and with {batches[2]}. torch "
         f"{environment['torch']}, {environment['dtype']}, {environment['device']}, {threads} "
-        f"thread{'s' * (threads > 1)}; {environment['cores']} cores with a load average of up to {load:.0f}. Medians of "
-        f"{first['rounds']} interleaved rounds. Raw numbers: "
+        f"thread{'s' * (threads > 1)}; {environment['cores']} cores with a load average of up to {load:.0f}. Medians "
+        f"of {first['rounds']} interleaved rounds. Raw numbers: "
         "[benchmarks/results/quantities.json](../benchmarks/results/quantities.json)."
     )
 
