@@ -228,9 +228,10 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def small_run(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    options = [*TINY, "--seeds", "0", "1", "--data_dir", str(data)]
-    results = select_batches.main([*options, "--json", str(out / "s.json"), "--figure", str(out / "s.png")])
-    return results, out
+    options = [*TINY, "--seeds", "1", "--data_dir", str(data), "--json", str(out / "s.json")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select_batches, "ROUNDS", 1)
+        return select_batches.main([*options, "--figure", str(out / "s.png")]), out
 
 
 def test_the_example_compares_all_methods_and_writes_what_it_found(small_run):
@@ -238,7 +239,7 @@ def test_the_example_compares_all_methods_and_writes_what_it_found(small_run):
     assert json.loads((out / "s.json").read_text()) == results
     assert (out / "s.png").read_bytes().startswith(b"\x89PNG")
     assert [(run["seed"], run["method"]) for run in results["runs"]] == [
-        (seed, method) for seed in (0, 1) for method in select_batches.METHODS
+        (1, method) for method in select_batches.METHODS
     ]
     costs = {method: cost["relative_flops"] for method, cost in results["costs"].items()}
     assert costs["random"] == 1 < costs["top-k"] < costs["greedy"] == costs["greedy-length"]
