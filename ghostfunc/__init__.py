@@ -1,5 +1,6 @@
 """ghostfunc: what single training samples do to a model, exactly, in one backward pass."""
 
+from ghostfunc._dots import ValueAndGradDot
 from ghostfunc._errors import InteractingSamples, UnsupportedUse, VerificationError
 from ghostfunc._explain import explain
 from ghostfunc._factors import Dense, Gather, Outer
@@ -9,25 +10,17 @@ from ghostfunc._heads import attention_heads
 from ghostfunc._kfac import ekfac, kfac
 from ghostfunc._kronecker import KroneckerProjection, kronecker_projection
 from ghostfunc._losses import causal_lm_loss, classification_loss
-from ghostfunc._many import (
-    ClippedGrad,
-    Quantities,
-    ghost_clipped_grad,
-    ghost_grad_gram,
-    ghost_grad_norm,
-    ghost_grad_stream,
-    ghost_quantities,
-)
+from ghostfunc._many import ClippedGrad, Quantities, ghost_quantities
 from ghostfunc._oracle import per_sample_grad
 from ghostfunc._preconditioners import adafactor, adam, diagonal
 from ghostfunc._projection import ghost_grad_proj
 from ghostfunc._quantities import Along, Clip, Dot, Gram, Norm, Project, Stream
 from ghostfunc._second_order import InRunValues, ghost_grad_hess_grad, in_run_values
 from ghostfunc._selection import greedy_select
+from ghostfunc._single import ghost_clipped_grad, ghost_grad_gram, ghost_grad_norm, ghost_grad_stream
 from ghostfunc._tiles import Tile
 from ghostfunc._tracin import TracIn, tracin
 from ghostfunc._transforms import (
-    ValueAndGradDot,
     ghost_factors,
     ghost_grad_along,
     ghost_grad_dot,

@@ -71,7 +71,7 @@ def packed(result: Any, has_aux: bool) -> Any:
 
 
 def _unpacked(result: Any, has_aux: bool) -> Any:
-    from ghostfunc._transforms import ValueAndGradDot
+    from ghostfunc._dots import ValueAndGradDot
 
     fields, unused, aux = result
     values = ValueAndGradDot(*fields)

@@ -9,9 +9,6 @@ For per-sample gradients G_i of a weight, validation gradients V_j, and sums ove
     Project    P_in^T A_i^T G_i P_out of each weight
     Clip       sum_i min(1, C / |G_i|) G_i
     Stream     sum f(tile)
-
-A weight's share is had in one of two ways: from *pairs* of positions of its factors, or from the *tiles* of its
-per-sample gradients, which serve any number of quantities at once. The cheaper way for all of them together is taken.
 """
 
 from __future__ import annotations
@@ -24,126 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ghostfunc._accumulate import Accumulator, Setting, pairs_flops
 from ghostfunc._axes import Axes, LayerOf, arrange, parse
-from ghostfunc._contract import MEMORY_BOUND, along, long_products, pair, pair_own, pair_sum
-from ghostfunc._factors import Factor, Gather, Outer
+from ghostfunc._contract import along, long_products, pair, pair_own, pair_sum
 from ghostfunc._kronecker import KroneckerProjection
-from ghostfunc._tiles import Block, Tile, tiles
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a quantity is accumulated for.
-
-    Attributes:
-        params: parameters by name.
-        names: those in play.
-        dtype: of contractions.
-        train: units of the train batch, n.
-        val: validation samples, m; 0 without any.
-    """
-
-    params: Mapping[str, Tensor]
-    names: tuple[str, ...]
-    dtype: torch.dtype
-    train: int
-    val: int
-
-    def zeros(self, *shape: int) -> Tensor:
-        """Zeros of the contractions' dtype, where the parameters are."""
-        return torch.zeros(shape, dtype=self.dtype, device=next(iter(self.params.values())).device)
-
-
-class Accumulator:
-    """The share of every weight in one quantity, summed up by parameter: `columns[name]`."""
-
-    val = ""  # what it needs of the validation samples: "", "sum" or "each"
-
-    def __init__(self, setting: Setting, *shape: int) -> None:
-        self.setting = setting
-        self.columns = {name: setting.zeros(*shape) for name in setting.names}
-
-    def add(self, name: str, share: Tensor) -> None:
-        """Add a weight's share."""
-        self.columns[name] = self.columns[name] + share
-
-    def pairs_cost(self, block: Block) -> float | int:
-        """FLOPs of the share from pairs; infinite where only tiles give it."""
-        raise NotImplementedError
-
-    def tile_cost(self, block: Block) -> float | int:
-        """FLOPs of the share from tiles that are there."""
-        raise NotImplementedError
-
-    def by_pairs(self, block: Block) -> None:
-        """Add a block's share from pairs."""
-        raise NotImplementedError
-
-    def by_tile(self, tile: Tile) -> None:
-        """Add a tile's share."""
-        raise NotImplementedError
-
-    def value(self) -> Any:
-        """The quantity, once every weight's share is in."""
-        raise NotImplementedError
-
-
-def accumulate(block: Block, accumulators: list[Accumulator], *, want_grad: bool) -> Tensor | None:
-    """Add a block's share to every quantity, at the least cost for all together.
-
-    Args:
-        block: the block.
-        accumulators: the quantities.
-        want_grad: whether the sum over the train samples is wanted.
-
-    Returns:
-        That sum, `[p, q]`, or None where it is not wanted or did not come by the way.
-    """
-    if not block.val:
-        accumulators = [a for a in accumulators if not a.val]
-    needs_val = any(a.val for a in accumulators)
-    entries = len(block.train) * block.rows * block.cols
-    samples = accumulators[0].setting.train if accumulators else 0
-    making = block.making(block.train) + MEMORY_BOUND * samples * entries
-    making += block.making(block.val) if needs_val else 0
-    by_tiles = making + sum(min(a.tile_cost(block), a.pairs_cost(block)) for a in accumulators)
-    by_pairs = sum(a.pairs_cost(block) for a in accumulators) + want_grad * block.making(block.train)
-    if not accumulators:
-        return None
-    if by_pairs <= by_tiles:
-        for a in accumulators:
-            a.by_pairs(block)
-        return None
-    from_tiles = [a for a in accumulators if a.tile_cost(block) <= a.pairs_cost(block)]
-    grad: Tensor | None = None
-    for a in accumulators:
-        if not any(a is other for other in from_tiles):
-            a.by_pairs(block)
-    for tile in tiles(block, each_val=any(a.val == "each" for a in from_tiles)):
-        if want_grad and grad is None:
-            grad = tile.grads.new_empty(block.rows, block.cols)
-        if grad is not None:
-            torch.sum(tile.grads, 0, out=grad[tile.start : tile.stop])
-        for a in from_tiles:
-            a.by_tile(tile)
-    return grad
-
-
-def _pairs(block: Block, ours: tuple[Factor, ...], theirs: tuple[Factor, ...], *, n: int, m: int) -> float | int:
-    """FLOPs of the products of every position of n samples with every position of m, use by use."""
-    flops = 0
-    for one in ours:
-        for other in theirs:
-            if isinstance(one, Outer | Gather) and isinstance(other, Outer | Gather):
-                indexed = isinstance(one, Gather) or isinstance(other, Gather)  # the rows' side is no product then
-                width = block.cols + (0 if indexed else block.rows)
-                flops += 2 * n * one.g.shape[1] * m * other.g.shape[1] * width
-            else:
-                flops += 2 * n * m * block.rows * block.cols
-    return flops
-
-
-# ---------------------------------------------------------------- what a user asks for
+from ghostfunc._tiles import Block, Tile
 
 
 @dataclass(frozen=True)
@@ -212,7 +94,7 @@ class Dots(_AlongOne):
         if not self.val:
             return super().pairs_cost(block)
         s = self.setting
-        gram = _pairs(block, block.train, block.val, n=s.train, m=s.val)
+        gram = pairs_flops(block, block.train, block.val, n=s.train, m=s.val)
         if self.each:
             return gram
         return min(gram, block.making(block.val) * len(block.train) + block.making(block.train) * len(block.val))
@@ -301,7 +183,7 @@ class _Gram(Accumulator):
         self.asked, self.axes = asked, axes
 
     def pairs_cost(self, block: Block) -> float | int:
-        return _pairs(block, block.train, block.train, n=self.setting.train, m=self.setting.train)
+        return pairs_flops(block, block.train, block.train, n=self.setting.train, m=self.setting.train)
 
     def tile_cost(self, block: Block) -> float | int:
         return 2.0 * self.setting.train**2 * block.rows * block.cols
@@ -346,7 +228,7 @@ class Norms(Accumulator):
         self.has: tuple[str, ...] = ("train",)
 
     def pairs_cost(self, block: Block) -> float | int:
-        return _pairs(block, block.train, block.train, n=self.setting.train, m=1)
+        return pairs_flops(block, block.train, block.train, n=self.setting.train, m=1)
 
     def tile_cost(self, block: Block) -> float | int:
         return 2.0 * self.setting.train * block.rows * block.cols

@@ -17,7 +17,7 @@ from zoo import in_double
 from zoo_language import MIXTURES, language
 
 import ghostfunc as gf
-from ghostfunc import _quantities, _tiles
+from ghostfunc import _accumulate, _quantities, _tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 WAYS = ("chosen", "tiles", "pairs")
@@ -28,12 +28,12 @@ CPU = torch.device("cpu")
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How a weight's share is had: the cheaper way, by tiles of a few rows, or from pairs of positions."""
     if request.param == "tiles":
-        monkeypatch.setattr(_quantities, "MEMORY_BOUND", -(10**9))
+        monkeypatch.setattr(_accumulate, "MEMORY_BOUND", -(10**9))
         monkeypatch.setattr(_tiles, "TILE_BYTES", 300)
         for name in ("Dots", "_AlongOne", "_Gram", "Norms"):
             monkeypatch.setattr(getattr(_quantities, name), "tile_cost", lambda self, block: 0)
     elif request.param == "pairs":
-        monkeypatch.setattr(_quantities, "MEMORY_BOUND", 10**12)
+        monkeypatch.setattr(_accumulate, "MEMORY_BOUND", 10**12)
         for name in ("Dots", "_AlongOne", "_Gram", "Norms"):
             monkeypatch.setattr(getattr(_quantities, name), "pairs_cost", lambda self, block: 0)
     return request.param

@@ -1,0 +1,130 @@
+"""Accumulate: the share of one weight in every quantity that is wanted, at the least cost for all together.
+
+A weight's share is had in one of two ways: from *pairs* of positions of its factors, or from the *tiles* of its
+per-sample gradients, which serve any number of quantities at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghostfunc._contract import MEMORY_BOUND
+from ghostfunc._factors import Factor, Gather, Outer
+from ghostfunc._tiles import Block, Tile, tiles
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a quantity is accumulated for.
+
+    Attributes:
+        params: parameters by name.
+        names: those in play.
+        dtype: of contractions.
+        train: units of the train batch, n.
+        val: validation samples, m; 0 without any.
+    """
+
+    params: Mapping[str, Tensor]
+    names: tuple[str, ...]
+    dtype: torch.dtype
+    train: int
+    val: int
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros of the contractions' dtype, where the parameters are."""
+        return torch.zeros(shape, dtype=self.dtype, device=next(iter(self.params.values())).device)
+
+
+class Accumulator:
+    """The share of every weight in one quantity, summed up by parameter: `columns[name]`."""
+
+    val = ""  # what it needs of the validation samples: "", "sum" or "each"
+
+    def __init__(self, setting: Setting, *shape: int) -> None:
+        self.setting = setting
+        self.columns = {name: setting.zeros(*shape) for name in setting.names}
+
+    def add(self, name: str, share: Tensor) -> None:
+        """Add a weight's share."""
+        self.columns[name] = self.columns[name] + share
+
+    def pairs_cost(self, block: Block) -> float | int:
+        """FLOPs of the share from pairs; infinite where only tiles give it."""
+        raise NotImplementedError
+
+    def tile_cost(self, block: Block) -> float | int:
+        """FLOPs of the share from tiles that are there."""
+        raise NotImplementedError
+
+    def by_pairs(self, block: Block) -> None:
+        """Add a block's share from pairs."""
+        raise NotImplementedError
+
+    def by_tile(self, tile: Tile) -> None:
+        """Add a tile's share."""
+        raise NotImplementedError
+
+    def value(self) -> Any:
+        """The quantity, once every weight's share is in."""
+        raise NotImplementedError
+
+
+def accumulate(block: Block, accumulators: list[Accumulator], *, want_grad: bool) -> Tensor | None:
+    """Add a block's share to every quantity, at the least cost for all together.
+
+    Args:
+        block: the block.
+        accumulators: the quantities.
+        want_grad: whether the sum over the train samples is wanted.
+
+    Returns:
+        That sum, `[p, q]`, or None where it is not wanted or did not come by the way.
+    """
+    if not block.val:
+        accumulators = [a for a in accumulators if not a.val]
+    needs_val = any(a.val for a in accumulators)
+    entries = len(block.train) * block.rows * block.cols
+    samples = accumulators[0].setting.train if accumulators else 0
+    making = block.making(block.train) + MEMORY_BOUND * samples * entries
+    making += block.making(block.val) if needs_val else 0
+    by_tiles = making + sum(min(a.tile_cost(block), a.pairs_cost(block)) for a in accumulators)
+    by_pairs = sum(a.pairs_cost(block) for a in accumulators) + want_grad * block.making(block.train)
+    if not accumulators:
+        return None
+    if by_pairs <= by_tiles:
+        for a in accumulators:
+            a.by_pairs(block)
+        return None
+    from_tiles = [a for a in accumulators if a.tile_cost(block) <= a.pairs_cost(block)]
+    grad: Tensor | None = None
+    for a in accumulators:
+        if not any(a is other for other in from_tiles):
+            a.by_pairs(block)
+    for tile in tiles(block, each_val=any(a.val == "each" for a in from_tiles)):
+        if want_grad and grad is None:
+            grad = tile.grads.new_empty(block.rows, block.cols)
+        if grad is not None:
+            torch.sum(tile.grads, 0, out=grad[tile.start : tile.stop])
+        for a in from_tiles:
+            a.by_tile(tile)
+    return grad
+
+
+def pairs_flops(block: Block, ours: tuple[Factor, ...], theirs: tuple[Factor, ...], *, n: int, m: int) -> float | int:
+    """FLOPs of the products of every position of n samples with every position of m, use by use."""
+    flops = 0
+    for one in ours:
+        for other in theirs:
+            if isinstance(one, Outer | Gather) and isinstance(other, Outer | Gather):
+                indexed = isinstance(one, Gather) or isinstance(other, Gather)  # the rows' side is no product then
+                width = block.cols + (0 if indexed else block.rows)
+                flops += 2 * n * one.g.shape[1] * m * other.g.shape[1] * width
+            else:
+                flops += 2 * n * m * block.rows * block.cols
+    return flops

@@ -1,0 +1,236 @@
+"""Dot products of train samples with validation samples: one run of both together, or one of each.
+
+joint       train and validation rows go through one forward and backward
+two-phase   the validation gradient first, then the train rows are contracted with it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ghostfunc._axes import Axes, LayerOf, arrange, parse
+from ghostfunc._batch import batch_size, cannot_join, join, plain
+from ghostfunc._call import Call, Units, one_direction, product_columns, units_of
+from ghostfunc._heads import along_heads, heads_of, with_samples_heads
+from ghostfunc._nesting import unrecorded
+from ghostfunc._products import Along, Joint, Products, WithSamples
+from ghostfunc._randomness import DrewRandomNumbers, RandomState
+from ghostfunc._run import Run
+
+Dots = Tensor | dict[str, Tensor]
+Precondition = Callable[..., dict[str, Tensor]]
+
+
+class _Values(NamedTuple):
+    losses: Tensor
+    val_losses: Tensor
+    grads: dict[str, Tensor]
+    dots: Dots
+
+
+class ValueAndGradDot(_Values):
+    """What `value_and_grad_dot` returns: the tuple `(losses, val_losses, grads, dots)`, and `unused` beside it.
+
+    Attributes:
+        losses: `[n]`, of the train samples.
+        val_losses: `[m]`, of the validation samples.
+        grads: the gradient of the mean train loss, by name.
+        dots: the dot products, in the axes that `out` asks for.
+        unused: names of parameters that the train losses do not depend on; their gradients and dots are zero.
+    """
+
+    unused: tuple[str, ...] = ()
+
+
+class Asked(NamedTuple):
+    """What is asked of dot products.
+
+    Attributes:
+        axes: of the result.
+        reduction: over the validation samples, where the axes have none.
+        layer_of: the layer of a parameter.
+        heads: patterns by parameter, for the axis "head".
+    """
+
+    axes: Axes
+    reduction: str
+    layer_of: LayerOf
+    heads: Mapping[str, str] | None
+
+    @property
+    def each_val(self) -> bool:
+        return self.axes.has("val")
+
+    @property
+    def by_head(self) -> bool:
+        return self.axes.has("head")
+
+    def val_weight(self, m: int) -> float:
+        return 1.0 if self.each_val or self.reduction == "sum" else 1.0 / m
+
+    def pattern(self, name: str) -> str:
+        if self.heads is None or name not in self.heads:
+            raise ValueError(
+                f"out={self.axes.out!r}: heads= has no pattern for {name}. Pass heads=gf.attention_heads(module), or "
+                "patterns of your own, and restrict the call to their parameters with layers=heads."
+            )
+        return self.heads[name]
+
+    def arranged(self, columns: dict[str, Tensor], units: Units, scale: float | int) -> Dots:
+        """Columns `[units, k]`, or `[units, k, H]`, in the axes asked for."""
+        columns = units.own(columns)
+        if not self.each_val:
+            columns = {name: column.squeeze(len(units.axes)) for name, column in columns.items()}
+        has = (*units.axes, *(("val",) if self.each_val else ()), *(("head",) if self.by_head else ()))
+        return arrange(columns, self.axes, has=has, scale=scale, layer_of=self.layer_of)
+
+
+ALL_AXES = ("param", "layer", "train", "token", "val", "head")
+
+
+def asked_of(
+    out: str, available: tuple[str, ...], reduction: str, layer_of: LayerOf, heads: Mapping[str, str] | None
+) -> Asked:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'sum' over the validation samples.")
+    return Asked(parse(out, available), reduction, layer_of, heads)
+
+
+def dots_of(
+    call: Call,
+    train: Any,
+    val: Any,
+    asked: Asked,
+    *,
+    precondition: Precondition | None,
+    schedule: str,
+    grads: bool,
+    segments: Tensor | None,
+) -> tuple[ValueAndGradDot, Any]:
+    if schedule not in ("auto", "joint", "two-phase"):
+        raise ValueError(f"schedule={schedule!r}: expected 'auto', 'joint' or 'two-phase'.")
+    if precondition is not None and asked.each_val:
+        raise ValueError("precondition takes one validation gradient; it cannot serve an out with the axis 'val'.")
+    train, val = plain(train), plain(val)
+    n, m = batch_size(train, "train"), batch_size(val, "val")
+    units = units_of(train, n, segments, token=asked.axes.has("token"))
+    why_not = _why_not_joint(train, val, asked, precondition, segments)
+    if schedule == "joint" and why_not:
+        raise ValueError(f"schedule='joint' cannot serve this call: {why_not}. Use schedule='two-phase' or 'auto'.")
+    if schedule == "joint" or (schedule == "auto" and not why_not and not call.has_aux and m <= n):
+        before = RandomState.of(call.device)
+        try:
+            return _joint(call, train, val, n, m, asked, grads, refuse_random=schedule == "auto")
+        except DrewRandomNumbers:
+            before.restore()
+    return _two_phase(call, train, val, n, m, units, asked, precondition, grads)
+
+
+def _why_not_joint(
+    train: Any, val: Any, asked: Asked, precondition: Precondition | None, segments: Tensor | None
+) -> str:
+    if precondition is not None:
+        return "a precondition needs the whole validation gradient first"
+    if segments is not None:
+        return "only the train rows have segments"
+    for axis in ("token", "head"):
+        if asked.axes.has(axis):
+            return f"the axis {axis!r} is of the train rows"
+    return cannot_join(train, val)
+
+
+def _joint(
+    call: Call, train: Any, val: Any, n: int, m: int, asked: Asked, grads: bool, refuse_random: bool
+) -> tuple[ValueAndGradDot, Any]:
+    weights = call.weights(n + m, 1.0 / n if grads else 1.0)
+    weights[n:] = asked.val_weight(m)
+    products = Joint(call.names, n, m, asked.each_val, fuse=not call.lenient)
+    result = call.contracted(
+        products,
+        join(train, val),
+        n + m,
+        train=n,
+        grads=grads,
+        weights=weights,
+        refuse_random=refuse_random,
+        batches=(("train", n), ("val", m)),
+    )
+    columns = product_columns(products, result, call.names)
+    dots = asked.arranged(columns, Units(n, n, None), n if grads else 1)
+    aux = pytree.tree_map_only(Tensor, lambda t: t[:n] if t.dim() and len(t) == n + m else t, result.aux)
+    return _values(result, result.losses[:n], result.losses[n:], dots), aux
+
+
+def _two_phase(
+    call: Call,
+    train: Any,
+    val: Any,
+    n: int,
+    m: int,
+    units: Units,
+    asked: Asked,
+    precondition: Precondition | None,
+    grads: bool,
+) -> tuple[ValueAndGradDot, Any]:
+    before = RandomState.of(call.device)  # the train samples draw what a plain step would
+    if asked.each_val:
+        first = call.run(val, m, train=m, factors=call.names, dropout=False, batches=(("val", m),))
+        direction = None
+    else:
+        weights = call.weights(m, asked.val_weight(m))
+        first = call.run(val, m, train=m, grads=True, weights=weights, dropout=False, batches=(("val", m),))
+        direction = first.grads
+    before.restore()
+    about = direction is not None and getattr(precondition, "about_train_gradient", False)
+    if direction is not None and precondition is not None and not about:
+        direction = precondition(direction)
+
+    products: Products
+    if direction is None:
+        products = WithSamples(call.names, units.runs, first, m)
+    else:
+        products = Along(call.names, units.runs, {} if about else one_direction(direction, call), 1)
+    sums = grads or about
+    how = {
+        "train": units.runs,
+        "grads": sums,
+        "weights": call.weights(n, 1.0 / n if sums else 1.0),
+        "batches": (("train", n),),
+        "segments": units.segments,
+    }
+    if about or asked.by_head:  # factors are kept until the direction is known, or for the heads
+        result = call.run(train, n, factors=call.names, **how)
+    else:
+        result = call.contracted(products, train, n, **how)
+    if about:
+        assert precondition is not None and direction is not None
+        products = Along(call.names, units.runs, one_direction(precondition(direction, result.grads), call), 1)
+    columns = by_head(call, products, result, units, asked) if asked.by_head else None
+    columns = columns or product_columns(products, result, call.names)
+    if not grads:
+        result.grads = {}
+    dots = asked.arranged(columns, units, n if sums else 1)
+    return _values(result, result.losses, first.losses, dots), result.aux
+
+
+def by_head(call: Call, products: Products, result: Run, units: Units, asked: Asked) -> dict[str, Tensor]:
+    columns: dict[str, Tensor] = {}
+    with unrecorded():
+        for name in call.params:
+            if name in call.names:
+                heads = heads_of(name, call.params[name].shape, asked.pattern(name))
+                if isinstance(products, Along):
+                    columns[name] = along_heads(result, name, products.directions[name], heads, units.runs)
+                elif isinstance(products, WithSamples):
+                    columns[name] = with_samples_heads(result, products.val, name, heads, units.runs)
+    return columns
+
+
+def _values(result: Run, losses: Tensor, val_losses: Tensor, dots: Dots) -> ValueAndGradDot:
+    values = ValueAndGradDot(losses, val_losses, result.grads, dots)
+    values.unused = result.unused
+    return values
