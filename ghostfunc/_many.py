@@ -16,6 +16,7 @@ from ghostfunc._batch import batch_size, plain
 from ghostfunc._call import Layers, Params, Units, checked
 from ghostfunc._contraction import Contraction, collected
 from ghostfunc._functionalize import ModelFn
+from ghostfunc._nesting import readable
 from ghostfunc._quantities import Clip, Norms, Project, Quantity
 from ghostfunc._run import Run
 
@@ -83,7 +84,8 @@ def ghost_quantities(
     Raises:
         UnsupportedUse: as in `ghost_grad_dot`.
         InteractingSamples: as in `ghost_grad_dot`.
-        ValueError: for batches, axes or layers that do not fit, or a `Dot` without validation samples.
+        ValueError: for batches, axes or layers that do not fit, a `Dot` without validation samples, or a `Clip` of
+            gradients that are not finite.
 
     Example:
         >>> import torch, ghostfunc as gf
@@ -144,6 +146,8 @@ def _groups(max_norm: float | int | Mapping[str, float], names: tuple[str, ...])
     """`{group: {parameter: its group's norm}}`, checked; one group "" for one norm."""
     if not isinstance(max_norm, Mapping):
         max_norm = {"": float(max_norm)}
+    if not max_norm:
+        raise ValueError("max_norm={}: expected a number, or one for each group of parameters, {pattern: number}.")
     groups: dict[str, dict[str, float]] = {}
     for pattern, norm in max_norm.items():
         if not 0 < norm < float("inf"):
@@ -184,6 +188,13 @@ def _clipped(
     for group, members in groups.items():
         square = torch.stack([norms.columns[name] for name in members]).sum(0)
         norm = square.clamp(min=0).sqrt()
+        if readable(norm) and not bool(norm.isfinite().all()):
+            bad = (~norm.isfinite()).nonzero().flatten().tolist()
+            raise ValueError(
+                f"the gradients of samples {bad} are not finite (norms {norm[bad].tolist()}), though their losses are; "
+                "they would spoil the sum. Look at these samples, at the model's dtype and at operations with an "
+                "infinite slope."
+            )
         limit = next(iter(members.values()))
         weight = torch.where(norm > limit, limit / norm, torch.ones_like(norm))
         found[group] = norm

@@ -183,7 +183,8 @@ def ghost_clipped_grad(
     Raises:
         UnsupportedUse: as in `ghost_grad_dot`.
         InteractingSamples: as in `ghost_grad_dot`.
-        ValueError: for a `max_norm` that is not above 0, or groups that miss a parameter or share one.
+        ValueError: for a `max_norm` that is not above 0, groups that miss a parameter or share one, or gradients that
+            are not finite.
 
     Example:
         >>> import torch, ghostfunc as gf

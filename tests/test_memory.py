@@ -74,7 +74,6 @@ def test_nor_for_any_other_quantity(clip):
     assert params["up"].numel() <= recorded.largest <= max(rows, n * width * 2 * width / 2)
 
 
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_no_logits_outlive_the_backward_of_the_head(tied):
     """When the last LayerNorm's backward begins, nothing of `[B, T, V]` is left, tied weights included."""
