@@ -201,6 +201,31 @@ def test_heads(build):
             gf.ghost_grad_dot(model_fn, params, train, val, out="train head", **options)
 
 
+@pytest.mark.parametrize("group", ["", "param", "layer"])
+def test_every_subset_with_heads(group):
+    """Every subset of the axes is the reduction of all of them; heads and tokens have their own references above."""
+    torch.manual_seed(0)
+    module = gpt2()
+    model_fn, params = gf.functionalize(module, gf.causal_lm_loss)
+    heads = gf.attention_heads(module)
+    train, val = {"input_ids": torch.randint(13, (N, 5))}, {"input_ids": torch.randint(13, (M, 5))}
+
+    def dots(axes: tuple[str, ...]) -> Any:
+        out = " ".join((*axes, group))
+        found = gf.ghost_grad_dot(model_fn, params, train, val, out=out, layers=heads, heads=heads)
+        return found if group else {"": found}
+
+    names = ("train", "token", "val", "head")
+    everything = dots(names)
+    assert {t.shape for t in everything.values()} == {(N, 5, M, H)}
+    for axes in _subsets(*names):
+        summed = [place for place, name in enumerate(names) if name not in axes]
+        for key, t in dots(axes).items():
+            expected = everything[key].sum(summed) if summed else everything[key]
+            expected = expected if "val" in axes else expected / M
+            torch.testing.assert_close(t, expected, rtol=1e-9, atol=1e-14)
+
+
 def test_heads_that_are_missing_or_do_not_fit():
     model_fn, params, batch = BY_NAME["mlp"].make(torch.float64, CPU)
     train, val = batch(3, 1), batch(2, 2)
