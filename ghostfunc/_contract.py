@@ -345,7 +345,10 @@ def scaled(factor: Factor, weights: Float[Tensor, " n"]) -> Factor:
 
         return replace(factor, rows=weighted)
     if isinstance(factor, Outer | Gather):
-        return replace(factor, g=factor.g * weights.view(-1, 1, 1).to(factor.g.dtype))
+        column = weights.view(-1, 1, 1).to(factor.g.dtype)
+        if isinstance(factor, Outer) and factor.a.shape[2] < factor.g.shape[2]:  # the narrower side
+            return replace(factor, a=factor.a * column)
+        return replace(factor, g=factor.g * column)
     return replace(factor, grad=factor.grad * weights.view(-1, *(1,) * (factor.grad.dim() - 1)).to(factor.grad.dtype))
 
 

@@ -119,12 +119,13 @@ class Contraction:
             for name, leaf in result.leaves.items():
                 if name not in self.call.names:
                     continue
-                gradient = torch.zeros_like(leaf)
+                shares = []
                 for site in result.sites(name):
-                    shape = site.tracked.real.shape
-                    here = total(scaled(result.factors[site].part(0, self.train), weights[name]), shape)
-                    gradient = gradient + result.pull(site.tracked, name, here.unsqueeze(0))[0].to(leaf.dtype)
-                sums[name] = gradient
+                    factor = scaled(result.factors[site].part(0, self.train), weights[name])
+                    share = total(factor, site.tracked.real.shape)
+                    shares.append(result.pull(site.tracked, name, share.unsqueeze(0))[0])
+                gradient = torch.stack(shares).sum(0) if len(shares) > 1 else next(iter(shares), torch.zeros_like(leaf))
+                sums[name] = gradient.to(leaf.dtype)
         return sums
 
 
