@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ghostfunc._axes import match_layers, positions_of
 from ghostfunc._functionalize import ModelFn
-from ghostfunc._nesting import unrecorded
+from ghostfunc._nesting import refuse_compiling, unrecorded
 from ghostfunc._products import Products
 from ghostfunc._randomness import RANDOMNESS
 from ghostfunc._run import Run, Want, run
@@ -86,7 +86,9 @@ def checked(
     Raises:
         TypeError: for a parameter that is no floating-point tensor.
         ValueError: for no parameters, or an unknown option.
+        RuntimeError: where Dynamo reads the call.
     """
+    refuse_compiling()
     params = _check_params(params)
     if on_unsupported not in ("raise", "dense"):
         raise ValueError(f"on_unsupported={on_unsupported!r}: expected 'raise' or 'dense'.")

@@ -51,9 +51,6 @@ def _as_node(name: str, model_fn: Callable, params: Mapping[str, Tensor], *batch
     layers = options.get("layers", "")
     if callable(layers):
         options["layers"] = tuple([key for key in params if layers(key)])
-    axes = options.get("out", "").split()
-    if "head" in axes or "layer" in axes:
-        raise RuntimeError("torch.compile does not record the axes 'layer' and 'head'. Make the call outside of it.")
     preconditioned = options.pop("precondition", None) is not None
     modules = _modules_behind(model_fn)
     for module in modules:

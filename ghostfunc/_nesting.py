@@ -62,20 +62,27 @@ def saved_tensors_are_hooked() -> bool:
     return top is None or top(False) is not None
 
 
+_OUTSIDE = (
+    "torch.compile records ghost_grad_dot, value_and_grad_dot and ghost_grad_along, and no other call. Make this one "
+    "outside of the compiled function."
+)
+
+
+def refuse_compiling() -> None:
+    """Raise where Dynamo reads a call that it is not to read."""
+    if torch.compiler.is_dynamo_compiling():
+        raise RuntimeError(_OUTSIDE)
+
+
 def uncompiled() -> AbstractContextManager:
     """What `torch.compile` has made of a module or a function runs as it was written, for the interpreter to see."""
-    outside = (
-        "torch.compile records ghost_grad_dot, value_and_grad_dot and ghost_grad_along, and no other call. Make this "
-        "one outside of the compiled function."
-    )
-    if torch.compiler.is_dynamo_compiling():
-        raise RuntimeError(outside)
+    refuse_compiling()
     if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):  # since torch 2.6
         return nullcontext()
     try:
         return torch.compiler.set_stance("force_eager")
     except RuntimeError as error:  # between two parts of a compiled function
-        raise RuntimeError(outside) from error
+        raise RuntimeError(_OUTSIDE) from error
 
 
 def readable(tensor: Tensor) -> bool:

@@ -17,7 +17,6 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from ghostfunc import _transforms as transforms
-from ghostfunc._axes import positions_of
 from ghostfunc._compile import packed
 from ghostfunc._errors import UnsupportedUse
 from ghostfunc._graph_ops import refused
@@ -70,6 +69,11 @@ def node(
                 "precondition reads the state of an optimizer, which a compiled graph would keep as it was. Make the "
                 "direction outside of torch.compile, and pass it to ghost_grad_along."
             )
+        if axes := [axis for axis in options.get("out", "").split() if axis in ("token", "layer", "head")]:
+            raise UnsupportedUse(
+                f"out={options['out']!r}: torch.compile does not record the axis {axes[0]!r}. Make the call outside of "
+                "the compiled function."
+            )
         result = _with_states(lambda: transform(*call.args, **call.kwargs), states)
         return packed(result, call.arguments["has_aux"]) if wraps else result
     except Exception as error:
@@ -118,9 +122,7 @@ def _similar(arguments: Mapping[str, Any], wraps: bool) -> Any:
     n = sizes.get("train", sizes.get("batch", 1))
     axes = arguments["out"].split()
     sizes |= {"sample": n, "train": n}
-    if "token" in axes:
-        sizes["token"] = positions_of(arguments["train" if "train" in arguments else "batch"])
-    shape = [sizes[axis] for axis in axes if axis != "param"]
+    shape = [sizes[axis] for axis in axes if axis in sizes]
     dots: Any = like.new_zeros(shape)
     if "param" in axes:
         dots = {name: like.new_zeros(shape) for name in params}

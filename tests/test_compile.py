@@ -381,6 +381,14 @@ def test_a_precondition_is_refused():
         step(params, points(4, 0), points(2, 1))
 
 
+@pytest.mark.parametrize("axis", ["token", "layer", "head"])
+def test_an_axis_is_refused(axis):
+    model_fn, params = gf.functionalize(perceptron(), gf.classification_loss)
+    step = compiled(lambda p, a, b: gf.ghost_grad_dot(model_fn, p, a, b, out=f"train {axis}"))
+    with pytest.raises(gf.UnsupportedUse, match=f"does not record the axis '{axis}'"):
+        step(params, points(4, 0), points(2, 1))
+
+
 def test_a_bound_method_is_refused():
     model_fn, params = gf.functionalize(perceptron(), gf.classification_loss)
 
@@ -401,8 +409,9 @@ OTHER_CALL = """
 import torch, ghostfunc as gf
 model_fn, params = gf.functionalize(torch.nn.Linear(4, 3), gf.classification_loss)
 batch = torch.randn(4, 4), torch.tensor([0, 1, 2, 0])
-step = lambda params, batch: gf.ghost_factors(model_fn, params, batch)[1]["weight"][0].g.sum()
-for fullgraph in (True, False):
+factors = lambda params, batch: gf.ghost_factors(model_fn, params, batch)[1]["weight"][0].g.sum()
+norms = lambda params, batch: gf.ghost_grad_norm(model_fn, params, batch)
+for step, fullgraph in ((factors, True), (factors, False), (norms, True), (norms, False)):
     torch._dynamo.reset()
     try:
         torch.compile(step, backend="aot_eager", fullgraph=fullgraph)(params, batch)
