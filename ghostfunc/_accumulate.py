@@ -6,6 +6,7 @@ per-sample gradients, which serve any number of quantities at once.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,7 @@ class Setting:
         return torch.zeros(shape, dtype=self.dtype, device=next(iter(self.params.values())).device)
 
 
-class Accumulator:
+class Accumulator(ABC):
     """The share of every weight in one quantity, summed up by parameter: `columns[name]`."""
 
     val = ""  # what it needs of the validation samples: "", "sum" or "each"
@@ -54,25 +55,25 @@ class Accumulator:
         """Add a weight's share."""
         self.columns[name] = self.columns[name] + share
 
+    @abstractmethod
     def pairs_cost(self, block: Block) -> float | int:
         """FLOPs of the share from pairs; infinite where only tiles give it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tile_cost(self, block: Block) -> float | int:
         """FLOPs of the share from tiles that are there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def by_pairs(self, block: Block) -> None:
-        """Add a block's share from pairs."""
-        raise NotImplementedError
+        """Add a block's share from pairs, where that is possible."""
 
+    @abstractmethod
     def by_tile(self, tile: Tile) -> None:
         """Add a tile's share."""
-        raise NotImplementedError
 
+    @abstractmethod
     def value(self) -> Any:
         """The quantity, once every weight's share is in."""
-        raise NotImplementedError
 
 
 def accumulate(block: Block, accumulators: list[Accumulator], *, want_grad: bool) -> Tensor | None:

@@ -21,7 +21,7 @@ from ghostfunc._call import Call, Units
 from ghostfunc._contract import scaled, total
 from ghostfunc._factors import Factor
 from ghostfunc._nesting import unrecorded
-from ghostfunc._products import meet, same
+from ghostfunc._products import meet, same, sites_by_name
 from ghostfunc._projection import TAP, Projected
 from ghostfunc._quantities import Dots
 from ghostfunc._randomness import DrewRandomNumbers, RandomState
@@ -58,10 +58,7 @@ class Contraction:
 
     def plan(self, sites: list[Site]) -> None:
         """Fuse every linear map whose weight, or part of one, has no other use."""
-        by_name: dict[str, list[Site]] = {}
-        for site in sites:
-            for name in site.tracked.names:
-                by_name.setdefault(name, []).append(site)
+        by_name = sites_by_name(sites)
         for site in sites:
             others = [s for s in by_name[site.tracked.names[0]] if s is not site and meet(s, site)]
             block = self._alone(site) if self.fuse and site.kind == "outer" and not others else None

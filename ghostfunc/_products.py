@@ -59,10 +59,7 @@ class Joint:
 
     def plan(self, sites: list[Site]) -> None:
         """Fuse every linear map whose weight, or part of one, has no other use, or only look-ups before it."""
-        by_name: dict[str, list[Site]] = {}
-        for site in sites:
-            for name in site.tracked.names:
-                by_name.setdefault(name, []).append(site)
+        by_name = sites_by_name(sites)
         for site in sites:
             if site.kind != "outer" or "dots" not in site.taps or site.tracked.root is None:
                 continue
@@ -268,6 +265,15 @@ class WithSamples:
 
 
 Products = Joint | Along | WithSamples
+
+
+def sites_by_name(sites: list[Site]) -> dict[str, list[Site]]:
+    """The uses of each parameter."""
+    by_name: dict[str, list[Site]] = {}
+    for site in sites:
+        for name in site.tracked.names:
+            by_name.setdefault(name, []).append(site)
+    return by_name
 
 
 def same(a: Site, b: Site) -> bool:

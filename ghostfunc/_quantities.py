@@ -302,6 +302,9 @@ class _Streamed(Accumulator):
     def tile_cost(self, block: Block) -> float | int:
         return 0.0
 
+    def by_pairs(self, block: Block) -> None:
+        raise TypeError("a function of tiles has no share from pairs")
+
     def by_tile(self, tile: Tile) -> None:
         value = self.asked.function(tile)
         if self.asked.out == "entry":
