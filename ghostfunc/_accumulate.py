@@ -89,24 +89,21 @@ def accumulate(block: Block, accumulators: list[Accumulator], *, want_grad: bool
     """
     if not block.val:
         accumulators = [a for a in accumulators if not a.val]
-    needs_val = any(a.val for a in accumulators)
-    entries = len(block.train) * block.rows * block.cols
-    samples = accumulators[0].setting.train if accumulators else 0
-    making = block.making(block.train) + MEMORY_BOUND * samples * entries
-    making += block.making(block.val) if needs_val else 0
-    by_tiles = making + sum(min(a.tile_cost(block), a.pairs_cost(block)) for a in accumulators)
-    by_pairs = sum(a.pairs_cost(block) for a in accumulators) + want_grad * block.making(block.train)
     if not accumulators:
         return None
-    if by_pairs <= by_tiles:
-        for a in accumulators:
-            a.by_pairs(block)
-        return None
-    from_tiles = [a for a in accumulators if a.tile_cost(block) <= a.pairs_cost(block)]
-    grad: Tensor | None = None
+    passes = accumulators[0].setting.train * len(block.train) * block.rows * block.cols
+    making = block.making(block.train) + MEMORY_BOUND * passes
+    making += block.making(block.val) if any(a.val for a in accumulators) else 0
+    all_by_pairs = sum(a.pairs_cost(block) for a in accumulators) + want_grad * block.making(block.train)
+    with_tiles = making + sum(min(a.tile_cost(block), a.pairs_cost(block)) for a in accumulators)
+    makes_tiles = with_tiles < all_by_pairs
+    from_tiles = [a for a in accumulators if makes_tiles and a.tile_cost(block) <= a.pairs_cost(block)]
     for a in accumulators:
-        if not any(a is other for other in from_tiles):
+        if all(a is not other for other in from_tiles):
             a.by_pairs(block)
+    if not makes_tiles:
+        return None
+    grad: Tensor | None = None
     for tile in tiles(block, each_val=any(a.val == "each" for a in from_tiles)):
         if want_grad and grad is None:
             grad = tile.grads.new_empty(block.rows, block.cols)
