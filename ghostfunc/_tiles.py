@@ -137,7 +137,7 @@ def tiles(block: Block, *, each_val: bool = False) -> Iterator[Tile]:
         Tiles whose rows together are all of the block's.
     """
     block = replace(block, train=_as_values(block.train, block), val=_as_values(block.val, block))
-    first = block.train[0].g if isinstance(block.train[0], Outer | Gather) else block.train[0].grad  # type: ignore[union-attr]
+    first = _first(block.train)
     samples = len(first) + (len(_first(block.val)) if each_val and block.val else 0)
     row = max(1, samples * block.cols * first.element_size())
     step = block.rows if functorch_level() is not None else max(1, min(block.rows, TILE_BYTES // row))
