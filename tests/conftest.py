@@ -14,7 +14,8 @@ from jaxtyping import install_import_hook
 PER_OPERATION = {"_compile", "_follow", "_interpreter", "_operations", "_rules", "_sample_axis"}
 package = find_spec("ghostfunc")
 assert package is not None and package.origin is not None, "ghostfunc is not installed: run make setup"
-modules = {path.stem for path in Path(package.origin).parent.glob("*.py")} - PER_OPERATION - {"__init__"}
+entries = {path.stem for path in Path(package.origin).parent.iterdir() if path.suffix == ".py" or path.is_dir()}
+modules = entries - PER_OPERATION - {"__init__", "__pycache__"}
 install_import_hook([f"ghostfunc.{name}" for name in sorted(modules)], "beartype.beartype")  # before ghostfunc's import
 
 import pytest

@@ -1,0 +1,1 @@
+"""The command `ghostfunc`: flags and files in, library calls, tables out."""
