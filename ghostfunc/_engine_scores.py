@@ -4,18 +4,16 @@ Under float16 losses are scaled inside, so that small gradients do not vanish, a
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ghostfunc._functionalize import LossFn, functionalize
+from ghostfunc._engine_autocast import FLOAT16_LOSS_SCALE, Autocast, functionalized
+from ghostfunc._functionalize import LossFn
 from ghostfunc._second_order import in_run_values
 from ghostfunc._transforms import value_and_grad_dot
-
-_FLOAT16_LOSS_SCALE = 2.0**16
 
 
 class Scores(NamedTuple):
@@ -62,7 +60,7 @@ class Scorer:
         self._call = call
         self._order = order
         self._options = options
-        self._loss_scale = _FLOAT16_LOSS_SCALE
+        self._loss_scale = FLOAT16_LOSS_SCALE
 
     def scores(self, module: nn.Module, batch: Any, val_batch: Any) -> Scores:
         """Score a training batch against a validation batch.
@@ -71,8 +69,8 @@ class Scorer:
             NotImplementedError: for order 2 under float16 autocast.
             Exception: what the transforms raise.
         """
-        autocast = _Autocast.of(module)
-        with torch.autocast(autocast.device_type, enabled=False):  # for the backwards: the forwards enter it themselves
+        autocast = Autocast.of(module)
+        with autocast.left():
             if autocast.dtype != torch.float16:
                 return self._scaled_scores(module, batch, val_batch, autocast, 1.0)
             if self._order == 2:
@@ -89,15 +87,13 @@ class Scorer:
 
     def losses(self, module: nn.Module, batch: Any) -> Tensor:
         """The losses `[n]` of a batch, without anything else."""
-        model_fn, params = self._functionalized(module, _Autocast.of(module), 1.0)
+        model_fn, params = functionalized(module, self._loss, self._call, Autocast.of(module), 1.0)
         with torch.no_grad():
             return model_fn(params, batch)
 
-    def _scaled_scores(
-        self, module: nn.Module, batch: Any, val_batch: Any, autocast: "_Autocast", scale: float
-    ) -> Scores:
+    def _scaled_scores(self, module: nn.Module, batch: Any, val_batch: Any, autocast: Autocast, scale: float) -> Scores:
         """Run the transform on losses times `scale`, which is out of the results again."""
-        model_fn, params = self._functionalized(module, autocast, scale)
+        model_fn, params = functionalized(module, self._loss, self._call, autocast, scale)
         if self._order == 2:
             values = in_run_values(model_fn, params, batch, val_batch, lr=1.0, order=2, **self._options)
             dots = values.first * len(values.losses)
@@ -113,35 +109,6 @@ class Scorer:
             pytree.tree_map(lambda dots: dots / scale**2, found.dots),
             None,
         )
-
-    def _functionalized(self, module: nn.Module, autocast: "_Autocast", scale: float) -> tuple[Any, dict[str, Tensor]]:
-        def call(module: nn.Module, batch: Any) -> Any:
-            with autocast.entered():
-                return self._call(module, batch)
-
-        def loss(output: Any, batch: Any) -> Tensor:
-            with autocast.entered():
-                losses = self._loss(output, batch)
-            # In float32 at least: float16 has no room for scaled losses.
-            return losses if scale == 1 else losses.to(torch.promote_types(losses.dtype, torch.float32)) * scale
-
-        return functionalize(module, loss, call=call)
-
-
-class _Autocast(NamedTuple):
-    """The autocast that the caller is in."""
-
-    device_type: str
-    dtype: torch.dtype | None  # None: none
-
-    @classmethod
-    def of(cls, module: nn.Module) -> "_Autocast":
-        kind = next(module.parameters()).device.type
-        return cls(kind, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
-
-    def entered(self) -> AbstractContextManager:
-        # Without the cache of cast weights: what one forward caches must not reach the next one's graph.
-        return torch.autocast(self.device_type, self.dtype, self.dtype is not None, cache_enabled=False)
 
 
 def _overflowed(found: Scores) -> bool:
