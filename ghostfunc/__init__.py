@@ -8,8 +8,9 @@ from ghostfunc._fisher import FisherPreconditioner
 from ghostfunc._functionalize import functionalize
 from ghostfunc._heads import attention_heads
 from ghostfunc._kfac import ekfac, kfac
-from ghostfunc._kronecker import KroneckerProjection, kronecker_projection
+from ghostfunc._kronecker import KroneckerProjection
 from ghostfunc._losses import causal_lm_loss, classification_loss
+from ghostfunc._make_projection import kronecker_projection
 from ghostfunc._many import ClippedGrad, Quantities, ghost_quantities
 from ghostfunc._oracle import per_sample_grad
 from ghostfunc._preconditioners import adafactor, adam, diagonal

@@ -81,6 +81,12 @@ class Blocks:
         ordered = gradients.reshape(len(gradients), *self.split).permute(0, *(dim + 1 for dim in self.dims))
         return ordered.reshape(len(gradients), self.count, self.d_in, self.d_out)
 
+    def back(self, blocks: Tensor) -> Tensor:
+        """Blocks `[b, count, d_in, d_out]` as gradients `[b, *split]`, the entries in the parameter's own order."""
+        ordered = blocks.reshape(len(blocks), *(self.split[dim] for dim in self.dims))
+        order = sorted(range(len(self.dims)), key=self.dims.__getitem__)
+        return ordered.permute(0, *(dim + 1 for dim in order)).contiguous()
+
     def position(self, number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The block, row and column of the parameter's entries, which are given by their numbers."""
         digits = []
@@ -117,6 +123,15 @@ def _places(index: Tensor) -> slice | Tensor:
 
 
 # ---------------------------------------------------------------- the entries of a use
+
+
+def place_of(site: Site, blocks: Blocks | None) -> Box | Blocks | None:
+    """Where a use is in its parameter's blocks: in one, in all of them, or, where it is derived, in none."""
+    if len(site.tracked.names) > 1 or blocks is None:
+        return None
+    entries = entries_of(site)
+    box = None if entries is None else blocks.box(entries)
+    return blocks if box is None and site.tracked.derivation is None else box
 
 
 def entries_of(site: Site) -> Entries | None:

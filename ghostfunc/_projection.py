@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ghostfunc._batch import batch_size, plain
-from ghostfunc._blocks import Blocks, Box, entries_of
+from ghostfunc._blocks import Blocks, Box, place_of
 from ghostfunc._call import Call, Params, checked, units_of
 from ghostfunc._factors import Dense, Factor, Gather, Later, Outer
 from ghostfunc._functionalize import ModelFn
@@ -136,17 +136,9 @@ class Projected:
     def _place(self, site: Site) -> Box | Blocks | None:
         """Where a use is in its parameter's blocks: in one, in all of them, or, where it is derived, in none."""
         if site not in self._found:
-            self._found[site] = self._placed(site)
+            part = self.projection.parts.get(site.tracked.names[0])
+            self._found[site] = place_of(site, None if part is None else part.blocks)
         return self._found[site]
-
-    def _placed(self, site: Site) -> Box | Blocks | None:
-        tracked = site.tracked
-        part = self.projection.parts.get(tracked.names[0])
-        if len(tracked.names) > 1 or part is None:
-            return None
-        entries = entries_of(site)
-        box = None if entries is None else part.blocks.box(entries)
-        return part.blocks if box is None and tracked.derivation is None else box
 
     def _matrices_of(self, name: str) -> tuple[Tensor, Tensor]:
         if name not in self._matrices:

@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 import ghostfunc as gf
 from ghostfunc import _projection
-from ghostfunc._kronecker import INCLUDE, KINDS, ranks
+from ghostfunc._projected_layers import INCLUDE
+from ghostfunc._sketches import KINDS, ranks
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-10
