@@ -4,6 +4,7 @@ A file holds uint16 little-endian token ids. A sample is a block `[offset, offse
 `offset` a multiple of `block_size`, so that no sample crosses domains, and its offset is its id.
 """
 
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from shared.domain_list import PILE_DOMAINS, SPLITS, domain_file, domain_file_na
 
 TOKEN = np.dtype("<u2")
 _TOKENS_CHECKED_AT_LOAD = 1 << 24  # per file; every block is checked again when it is read
+_TOKENS_READ_AT_ONCE = 1 << 24
 _TOKENIZE = "python examples/shared/data_processing/tokenize_pile_by_domain.py"
 
 
@@ -116,13 +118,39 @@ class TokenCorpus:
             )
         if seed < 0 or step < 0:
             raise ValueError(f"seed and step must be 0 or more, not {seed} and {step}")
-        drawn = np.random.default_rng([seed, step]).choice(self.blocks, batch_size, replace=False)  # [B]
-        places = np.searchsorted(self._blocks_up_to, drawn, side="right")  # [B]
-        firsts = np.concatenate([[0], self._blocks_up_to[:-1]])[places]  # [B]
-        offsets = ((drawn - firsts) * self.block_size).tolist()
-        domains = [self.domains[place] for place in places]
-        tokens = np.stack([self._block(domain, offset) for domain, offset in zip(domains, offsets, strict=True)])
-        return Batch(torch.from_numpy(tokens), offsets, domains)
+        return self._batch_of(np.random.default_rng([seed, step]).choice(self.blocks, batch_size, replace=False))
+
+    def in_order(self, start: int, stop: int) -> Batch:
+        """Blocks by their place in the corpus: one domain after the other, each from its file's beginning on.
+
+        Args:
+            start: the first block.
+            stop: one after the last, at most the number of blocks.
+
+        Returns:
+            The batch, tokens int64 `[stop - start, T]` on the CPU.
+
+        Raises:
+            ValueError: if there are no such blocks.
+        """
+        if not 0 <= start < stop <= self.blocks:
+            raise ValueError(f"blocks {start} to {stop} are not among the {self.blocks} of this corpus")
+        return self._batch_of(np.arange(start, stop))
+
+    def fingerprint(self, blocks: int) -> str:
+        """Hexadecimal sha256 of the first blocks in order: of their tokens, their domains, and where they are cut.
+
+        Args:
+            blocks: how many, at most the number of blocks. They are read from disk for it.
+        """
+        digest = hashlib.sha256(f"{self.block_size}\n".encode())
+        for domain, ids in self._ids.items():
+            here = min(ids.size // self.block_size, blocks)
+            digest.update(f"{domain}\n{here}\n".encode())
+            for start in range(0, here * self.block_size, _TOKENS_READ_AT_ONCE):
+                digest.update(ids[start : min(start + _TOKENS_READ_AT_ONCE, here * self.block_size)].tobytes())
+            blocks -= here
+        return digest.hexdigest()
 
     def at(self, domain: str, offset: int) -> Tensor:
         """One sample again, by its id.
@@ -146,6 +174,14 @@ class TokenCorpus:
                 f"block_size={self.block_size} from 0 to {last}"
             )
         return torch.from_numpy(self._block(domain, offset))
+
+    def _batch_of(self, blocks: np.ndarray) -> Batch:
+        places = np.searchsorted(self._blocks_up_to, blocks, side="right")  # [B]
+        firsts = np.concatenate([[0], self._blocks_up_to[:-1]])[places]  # [B]
+        offsets = ((blocks - firsts) * self.block_size).tolist()
+        domains = [self.domains[place] for place in places]
+        tokens = np.stack([self._block(domain, offset) for domain, offset in zip(domains, offsets, strict=True)])
+        return Batch(torch.from_numpy(tokens), offsets, domains)
 
     def _open(self, path: Path) -> np.ndarray:
         if not path.is_file():
@@ -218,17 +254,39 @@ def load_corpora(
         >>> corpora.train.sample(16, seed=42, step=0).tokens.shape  # doctest: +SKIP
         torch.Size([16, 1024])
     """
-    data_dir = Path(data_dir)
-    corpora = []
-    for split, wanted, option in zip(SPLITS, (train_set, val_set, val_set), ("train", "val", "val"), strict=True):
-        files, note = _files_of(data_dir, split, wanted, f"--{option}_set", block_size)
-        corpus = TokenCorpus(files, block_size=block_size, vocab_size=vocab_size)
-        print(
-            f"{split}: {corpus.tokens:,} tokens, {corpus.blocks:,} blocks of {block_size} from {len(files)} "
-            f"domain{'s' * (len(files) != 1)}: {', '.join(files)}{note}"
-        )
-        corpora.append(corpus)
-    return Corpora(*corpora)
+    sets = zip(SPLITS, (train_set, val_set, val_set), strict=True)
+    return Corpora(
+        *(load_corpus(data_dir, split, wanted, block_size=block_size, vocab_size=vocab_size) for split, wanted in sets)
+    )
+
+
+def load_corpus(
+    data_dir: str | Path, split: str, wanted: str, *, block_size: int, vocab_size: int | None = None
+) -> TokenCorpus:
+    """Open the data of one split, and print which domains it holds.
+
+    Args:
+        data_dir: as in `load_corpora`.
+        split: "train", "validation" or "test".
+        wanted: a set, as in `load_corpora`.
+        block_size: tokens in a sample.
+        vocab_size: refuse token ids from this on; None accepts all.
+
+    Returns:
+        The corpus.
+
+    Raises:
+        FileNotFoundError: as in `load_corpora`.
+        ValueError: as in `load_corpora`.
+    """
+    option = "--train_set" if split == "train" else "--val_set"
+    files, note = _files_of(Path(data_dir), split, wanted, option, block_size)
+    corpus = TokenCorpus(files, block_size=block_size, vocab_size=vocab_size)
+    print(
+        f"{split}: {corpus.tokens:,} tokens, {corpus.blocks:,} blocks of {block_size} from {len(files)} "
+        f"domain{'s' * (len(files) != 1)}: {', '.join(files)}{note}"
+    )
+    return corpus
 
 
 def _files_of(data_dir: Path, split: str, wanted: str, option: str, block_size: int) -> tuple[dict[str, Path], str]:
