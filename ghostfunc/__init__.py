@@ -29,7 +29,7 @@ from ghostfunc._transforms import (
 )
 from ghostfunc._verify import verify
 from ghostfunc.dotlog import DotLog, read_dot_log
-from ghostfunc.engine import EngineOutput, GhostEngineManager, GradDotProdEngine
+from ghostfunc.engine import EngineOutput, GhostEngineManager, GradDotProdEngine, GradProjEngine
 from ghostfunc.ledger import InRunShapley
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "Gather",
     "GhostEngineManager",
     "GradDotProdEngine",
+    "GradProjEngine",
     "Gram",
     "InRunShapley",
     "InRunValues",

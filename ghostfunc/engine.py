@@ -1,6 +1,7 @@
-"""Dot products inside an ordinary PyTorch loop: `engine(X, Y)` stands where `model(X, Y)` was."""
+"""Dot products and projections inside an ordinary PyTorch loop, which stays as it is."""
 
 from ghostfunc._engine import EngineOutput, GradDotProdEngine
 from ghostfunc._engine_manager import GhostEngineManager
+from ghostfunc._proj_engine import GradProjEngine
 
-__all__ = ["EngineOutput", "GhostEngineManager", "GradDotProdEngine"]
+__all__ = ["EngineOutput", "GhostEngineManager", "GradDotProdEngine", "GradProjEngine"]
