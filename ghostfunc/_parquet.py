@@ -24,8 +24,8 @@ def import_pyarrow(what: str) -> Any:
     return pyarrow
 
 
-def read_rows(path: Path, remedy: str) -> Any:
-    """Read one file as a table.
+def read_rows(path: Path, remedy: str, columns: Sequence[str] | None = None) -> Any:
+    """Read one file as a table, all of it or those of these columns that it has.
 
     Raises:
         ValueError: if it is damaged; the message names it, and ends with `remedy`.
@@ -36,7 +36,7 @@ def read_rows(path: Path, remedy: str) -> Any:
     try:
         # Not read_table: it would take a folder named "lr=1" for a column.
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            return file.read()
+            return file.read(None if columns is None else list(columns))
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}). {remedy}") from error
 
@@ -50,14 +50,25 @@ def write_rows(path: Path, table: Any) -> None:
     )
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file that is at `path` whole, or not at all."""
+def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, alone: bool = False) -> None:
+    """Let `write` fill a file that is at `path` whole, or not at all; when it fails, nothing is left beside it.
+
+    Args:
+        path: where the file will be.
+        write: is given the open file.
+        alone: raise FileExistsError if another process is at it, or a killed one has left a temporary file.
+    """
     temporary = path.with_name(path.name + TEMPORARY)
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    file = temporary.open("xb" if alone else "wb")
+    try:
+        with file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
