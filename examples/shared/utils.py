@@ -1,12 +1,18 @@
 """Small things that a training script needs: device, seed, quiet libraries, whole files, and a stop between steps."""
 
+import hashlib
+import json
 import os
+import re
+import resource
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -57,6 +63,25 @@ def write_whole(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.tmp")
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)
+
+
+def run_name(parts: Iterable[str], configuration: Mapping[str, Any]) -> str:
+    """The name of a run's folder: parts to read, and a hash that tells configurations apart where they do not.
+
+    Example:
+        >>> run_name(["GradProj", "my model"], {"seed": 0})
+        'GradProj-my_model-0cd4b2ba'
+    """
+    digest = hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:8]
+    return "-".join(re.sub(r"[^\w.-]+", "_", part)[:40] for part in [*parts, digest])
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory that this process has held, in bytes: on a GPU its tensors', else all of it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 class Stopped(Exception):

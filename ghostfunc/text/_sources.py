@@ -3,16 +3,13 @@
 Both kinds of source hand out batches with the position after them, from which reading goes on after an interruption.
 """
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-UNKNOWN_DOMAIN = "unknown"
-SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
+from ghostfunc.text._documents import JSON_LINES, Document, Fields, read_json_lines
+
 PILE = "monology/pile-uncopyrighted"
 
 # The hub library finds only the training files of this layout by itself.
@@ -25,20 +22,7 @@ _SPLIT_OF_NAME = {
     "dev": "validation",
     "test": "test",
 }
-_READING_ORDER = ("validation", "test", "train")  # the small splits first, so that --max_tokens leaves them some
-_CHUNK = 1 << 17  # compressed bytes read at once
-
-
-class Document(NamedTuple):
-    """A text and the domain it is counted under.
-
-    Attributes:
-        text: the document; characters that UTF-8 cannot hold (lone surrogates) are replaced by `?`.
-        domain: `meta.pile_set_name`, or `unknown` where the record names none.
-    """
-
-    text: str
-    domain: str
+_READING_ORDER = ("validation", "test", "train")  # the small splits first, so that `max_tokens` leaves them some
 
 
 class Batch(NamedTuple):
@@ -68,8 +52,10 @@ class JsonLines:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "a.jsonl"
         >>> _ = path.write_text('{"text": "one", "meta": {"pile_set_name": "Github"}}\n{"text": "two"}\n')
-        >>> [batch.documents for batch in JsonLines(path, "a.jsonl", "train").batches(None, 1)]
-        [[Document(text='one', domain='Github')], [Document(text='two', domain='unknown')]]
+        >>> for batch in JsonLines(path, "a.jsonl", "train").batches(None, 1):
+        ...     print(batch.documents)
+        [Document(text='one', domain='Github', name='a.jsonl:1')]
+        [Document(text='two', domain='unknown', name='a.jsonl:2')]
     """
 
     path: Path
@@ -101,43 +87,14 @@ class JsonLines:
                 the file and the line.
         """
         documents: list[Document] = []
-        line_number, already_read = 0, position or 0
-        with self.path.open("rb") as file:
-            lines = self._lines(file)
-            while True:
-                try:
-                    line = next(lines, None)
-                except (OSError, EOFError, zlib.error, ValueError) as error:
-                    raise ValueError(
-                        f"{self.path}: the compressed file is damaged after line {line_number} ({error}): fetch or "
-                        "write it again"
-                    ) from error
-                if line is None:
-                    break
-                line_number += 1
-                if line_number <= already_read or not line.strip():
-                    continue
-                documents.append(self._document(line, line_number))
-                if len(documents) == batch_size:
-                    yield Batch(documents, line_number, file.tell())
-                    documents = []
-            if documents:
-                yield Batch(documents, line_number, file.tell())
-
-    def _document(self, line: bytes, line_number: int) -> Document:
-        where = f"{self.path}, line {line_number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: damaged, not JSON ({error}): mend or delete that line") from error
-        return _document(record, where)
-
-    def _lines(self, file: BinaryIO) -> Iterator[bytes]:
-        if self.path.suffix == ".gz":
-            return iter(gzip.GzipFile(fileobj=file))
-        if self.path.suffix == ".zst":
-            return _split_lines(_decompressed(file))
-        return iter(file)
+        number = bytes_read = 0
+        for number, bytes_read, document in read_json_lines(self.path, self.name, Fields(), position or 0):
+            documents.append(document)
+            if len(documents) == batch_size:
+                yield Batch(documents, number, bytes_read)
+                documents = []
+        if documents:
+            yield Batch(documents, number, bytes_read)
 
 
 @dataclass(frozen=True)
@@ -181,7 +138,8 @@ class HubSplit:
             self.dataset.load_state_dict(position)
         documents: list[Document] = []
         for index, record in enumerate(self.dataset):
-            documents.append(_document(record, f"{self.name}, record {index} of this run"))
+            where = f"{self.name}, record {index} of this run"
+            documents.append(Fields().document(record, where, f"{self.name}:{index}"))
             if len(documents) == batch_size:
                 yield Batch(documents, self.dataset.state_dict(), 0)
                 documents = []
@@ -192,12 +150,13 @@ class HubSplit:
 Source = JsonLines | HubSplit
 
 
-def open_sources(name: str) -> list[Source]:
-    """Find what an `--input` names.
+def open_sources(name: str, say: Callable[[str], object] = print) -> list[Source]:
+    """Find what a name stands for.
 
     Args:
         name: a file, a folder (searched with its sub-folders for `.jsonl`, `.jsonl.zst` and `.jsonl.gz`) or a data
             set on the hub.
+        say: is told how large a data set on the hub is.
 
     Returns:
         The sources in reading order: validation, test, then train, each by name. A file belongs to the split that its
@@ -212,19 +171,19 @@ def open_sources(name: str) -> list[Source]:
     if path.is_dir():
         return _sources_in(path)
     if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            raise ValueError(f"--input {name}: expected a file that ends in {', '.join(SUFFIXES)}")
+        if not path.name.endswith(JSON_LINES):
+            raise ValueError(f"{name}: expected a file that ends in {', '.join(JSON_LINES)}")
         return [JsonLines(path, path.name, "train")]
-    if path.is_absolute() or name.startswith(".") or name.endswith(SUFFIXES) or name.count("/") > 1:
-        raise FileNotFoundError(f"--input {name}: no such file or folder")
-    _announce(name)
+    if path.is_absolute() or name.startswith(".") or name.endswith(JSON_LINES) or name.count("/") > 1:
+        raise FileNotFoundError(f"{name}: no such file or folder")
+    _announce(name, say)
     return hub_sources(name)
 
 
 def _sources_in(folder: Path) -> list[Source]:
-    paths = sorted(path for path in folder.rglob("*.jsonl*") if path.is_file() and path.name.endswith(SUFFIXES))
+    paths = sorted(path for path in folder.rglob("*.jsonl*") if path.is_file() and path.name.endswith(JSON_LINES))
     if not paths:
-        raise FileNotFoundError(f"--input {folder}: the folder has no file that ends in {', '.join(SUFFIXES)}")
+        raise FileNotFoundError(f"{folder}: the folder has no file that ends in {', '.join(JSON_LINES)}")
     names = [path.relative_to(folder) for path in paths]
     sources = [JsonLines(path, name.as_posix(), _split_of(name)) for path, name in zip(paths, names, strict=True)]
     return sorted(sources, key=lambda source: (_READING_ORDER.index(source.split), source.name))
@@ -235,7 +194,7 @@ def _split_of(name: Path) -> str:
     return next((_SPLIT_OF_NAME[word] for word in words if word in _SPLIT_OF_NAME), "train")
 
 
-def _announce(name: str) -> None:
+def _announce(name: str, say: Callable[[str], object]) -> None:
     """Say how much a hub data set is; out of the hub's reach this fails at once, not after minutes of retries."""
     from huggingface_hub import HfApi
 
@@ -244,10 +203,10 @@ def _announce(name: str) -> None:
     except Exception as error:
         raise _unreachable(name, error) from error
     gigabytes = sum(file.size or 0 for file in files) / 1e9
-    print(
+    say(
         f"{name}: {len(files)} files, {gigabytes:,.1f} GB as stored on the hub. They are streamed, not kept. The token "
-        "files take 2 bytes a token, for compressed English text about as much again as the download; --max_tokens "
-        "stops earlier."
+        "files take 2 bytes a token, for compressed English text about as much again as the download; a limit on "
+        "tokens stops earlier."
     )
 
 
@@ -272,55 +231,12 @@ def hub_sources(name: str) -> list[Source]:
         raise _unreachable(name, error) from error
     found = {_SPLIT_OF_NAME[split]: dataset for split, dataset in splits.items() if split in _SPLIT_OF_NAME}
     if "train" not in found:
-        raise ValueError(f"--input {name}: no train split; it has {', '.join(splits)}")
+        raise ValueError(f"{name}: no train split; it has {', '.join(splits)}")
     return [HubSplit(found[split], f"{name}:{split}", split) for split in _READING_ORDER if split in found]
 
 
 def _unreachable(name: str, error: Exception) -> ConnectionError:
     return ConnectionError(
         f"the data set {name!r} cannot be opened on the hub ({type(error).__name__}: {error}). Check the name and the "
-        "network, or name local Pile-format text with --input FILE_OR_FOLDER (.jsonl, .jsonl.zst, .jsonl.gz)."
+        f"network, or name local Pile-format text: a file that ends in {', '.join(JSON_LINES)}, or a folder of them."
     )
-
-
-def _document(record: Any, where: str) -> Document:
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f'{where}: expected {{"text": "...", "meta": {{"pile_set_name": "..."}}}}; "text" is missing')
-    meta = record.get("meta")
-    domain = meta.get("pile_set_name") if isinstance(meta, dict) else None
-    if not isinstance(domain, str | None):
-        raise ValueError(f"{where}: meta.pile_set_name must be a string, not {domain!r}")
-    return Document(text.encode("utf-8", "replace").decode("utf-8"), domain or UNKNOWN_DOMAIN)
-
-
-def _split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    rest = b""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
-    if rest:
-        yield rest
-
-
-def _decompressed(file: BinaryIO) -> Iterator[bytes]:
-    """Decompress zstandard frames; unlike the library's stream reader this notices a file that ends within one."""
-    try:
-        import zstandard
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "zstandard is needed to read .zst files: python -m pip install 'ghostfunc[examples]'"
-        ) from error
-
-    frame, within_frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(), False
-    while data := file.read(_CHUNK):
-        while data:
-            try:
-                yield frame.decompress(data)
-            except zstandard.ZstdError as error:
-                raise ValueError(str(error)) from error
-            data, within_frame = (frame.unused_data, False) if frame.eof else (b"", True)
-            if frame.eof:
-                frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-    if within_frame:
-        raise EOFError("it ends within a frame")

@@ -13,11 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from ghostfunc.text._layout import SPLITS, TOKEN, domain_file, domain_file_name, split_folder
 
-from shared.domain_list import SPLITS, domain_file, domain_file_name, split_folder
-
-TOKEN = np.dtype("<u2")
 _WORK_FOLDER = ".tokenizing"
 
 
@@ -148,7 +145,7 @@ class TokenWriter:
             for file in split_folder(self.output_dir, split).glob("*.bin"):
                 raise FileExistsError(
                     f"{file} is there already, and no run of the tokenizer script is recorded in {self.output_dir}: "
-                    "name another --output_dir, or move that data away"
+                    "name another output folder, or move that data away"
                 )
 
     def _cut_to_resume_point(self) -> None:
@@ -212,7 +209,7 @@ def only_writer(output_dir: Path) -> Iterator[None]:
 def _refuse_other_data(
     output_dir: Path, record: dict[str, Any], settings: dict[str, Any], sources: list[list], sources_done: int
 ) -> None:
-    remedy = f"name another --output_dir, or delete {output_dir} to begin anew"
+    remedy = f"name another output folder, or delete {output_dir} to begin anew"
     for name, value in settings.items():
         if (recorded := record.get("settings", {}).get(name)) != value:
             raise FileExistsError(
