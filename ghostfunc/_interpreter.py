@@ -63,6 +63,7 @@ class Interpreter(TorchFunctionMode):
         refuse_random: bool = False,
         apply_rule: Callable[..., Any],
         more_taps: Callable[[Site], dict[str, Tensor]] = lambda site: {},
+        narrow: Callable[[Site, str], Tensor | None] = lambda site, side: None,
         dtype: torch.dtype,
         lenient: bool = False,
         nested: bool = False,
@@ -72,6 +73,7 @@ class Interpreter(TorchFunctionMode):
         self.samples = samples
         self.apply_rule = apply_rule
         self.more_taps = more_taps
+        self.narrow = narrow
         self.dtype = dtype
         self.lenient = lenient
         self.sites: list[Site] = []

@@ -1,5 +1,7 @@
 """Projections of per-sample gradients, inside the backward: no weight gradient, and nothing that outlives its layer.
 
+An activation a_r is projected where the forward has it, and a_r P_in is what the backward keeps.
+
     Outer     P_in^T (sum_r a_r g_r^T) P_out  =  sum_r (a_r P_in)^T (g_r P_out)
     Gather    the same, with rows of P_in in place of a_r P_in
     Dense     P_in^T G P_out
@@ -85,6 +87,14 @@ class Projected:
         count = part.blocks.count if isinstance(place, Blocks) else 1
         return {TAP: zero_tap(site.tracked.real, (self.units, count * part.size), site.dtype)}
 
+    def narrow(self, site: Site, side: str) -> Tensor | None:
+        """The matrix of the side of a weight that the activation meets, where the use is of one block."""
+        place = self._place(site) if TAP in site.taps else None
+        if not isinstance(place, Box):
+            return None
+        p_in, p_out = self._matrices_of(site.tracked.names[0])
+        return p_in[place.inside] if (side == "rows") == place.rows_in else p_out[place.outside]
+
     def plan(self, sites: list[Site]) -> None:
         """Fuse every use that has a tap."""
         for site in sites:
@@ -105,7 +115,12 @@ class Projected:
         p_in, p_out = self._matrices_of(name)
         p_in, p_out = p_in[place.inside], p_out[place.outside]
         rows, cols = (p_in, p_out) if place.rows_in else (p_out, p_in)
-        if isinstance(factor, (Outer, Gather, Dense)):
+        if site.narrowed:
+            assert isinstance(factor, Outer)
+            left = factor.left if factor.transposed else factor.left @ rows
+            right = factor.right @ cols if factor.transposed else factor.right
+            found = left.transpose(1, 2) @ right
+        elif isinstance(factor, (Outer, Gather, Dense)):
             found = project_factor(factor, rows, cols)
         else:
             chunks = _chunks(factor, site.tracked.real.shape)
@@ -226,6 +241,7 @@ def ghost_grad_proj(
         train=units.runs,
         factors=call.names,
         more_taps=projected.more_taps,
+        narrow=projected.narrow,
         plan=projected.plan,
         segments=units.segments,
     )

@@ -63,7 +63,7 @@ def _affine(mode: Interpreter, op: str, x: Tensor, weight: Tensor, bias: Tensor 
         op,
         out,
         (x,),
-        Use(tracked, "outer", outer, product),
+        Use(tracked, "outer", outer, product, activation="rows" if transposed else "cols"),
         Use(mode.find(bias), "dense", shift, lambda g, x: g.sum_to_size(bias_shape)),
     )
 

@@ -54,6 +54,8 @@ class Want:
         lenient: whether a use without a rule is paid for with a backward pass for each sample.
         batches: names and sizes of the batches that the samples come from, for messages.
         more_taps: taps for fused contractions of a site.
+        narrow: a matrix that a site's activation is multiplied with in the forward, for the backward to keep that
+            alone; called with the site and the side of the stored weight that the activation meets.
         plan: gives each site its treatment, once all are known.
     """
 
@@ -70,6 +72,7 @@ class Want:
     lenient: bool = False
     batches: tuple[tuple[str, int], ...] = ()
     more_taps: Callable[[Site], dict[str, Tensor]] = lambda site: {}
+    narrow: Callable[[Site, str], Tensor | None] = lambda site, side: None
     plan: Callable[[list[Site]], None] = lambda sites: None
 
 
@@ -230,6 +233,7 @@ def forward(
         refuse_random=want.refuse_random,
         apply_rule=apply_rule,
         more_taps=want.more_taps,
+        narrow=want.narrow,
         dtype=want.dtype,
         lenient=want.lenient,
         nested=nested,

@@ -36,6 +36,8 @@ class Use(NamedTuple):
         plain: `plain(g, *saved)`, the gradient over all samples, where there is a shorter way than through the factor.
         ids: for "gather": the ids as they were given.
         fallback: whether the operation has no rule.
+        activation: where the first saved tensor is an activation whose last dimension meets the weight: whether that
+            is the weight's "rows" or its "cols", as it is stored; the factor is then linear in that dimension.
     """
 
     tracked: Tracked | None
@@ -44,6 +46,7 @@ class Use(NamedTuple):
     plain: Callable[..., Tensor] | None = None
     ids: Tensor | None = None
     fallback: bool = False
+    activation: str = ""
 
 
 class Tap(Function):
@@ -99,6 +102,7 @@ def tapped(mode: Interpreter, op: str, out: Tensor, saved: tuple[Tensor, ...], *
         site.ids, site.fallback = use.ids, use.fallback
         sites.append(site)
     if not mode.nested:
+        saved = _narrowed(mode, saved, uses, sites)
         differentiated = [t for site in sites for t in (site.tracked.real, *site.taps.values())]
         return Tap.apply(out, uses, sites, saved, *differentiated)  # type: ignore[return-value]
     tap = mode.leaf(out.new_zeros(out.shape))
@@ -106,3 +110,16 @@ def tapped(mode: Interpreter, op: str, out: Tensor, saved: tuple[Tensor, ...], *
         site.taps = {"g": tap}
         site.make = lambda g, samples, use=use: use.factor(g, samples, *saved)
     return out + tap
+
+
+def _narrowed(
+    mode: Interpreter, saved: tuple[Tensor, ...], uses: tuple[Use, ...], sites: list[Site]
+) -> tuple[Tensor, ...]:
+    """What is saved for the backward, an activation as its projection where that is all that will be asked for."""
+    for use, site in zip(uses, sites, strict=True):
+        matrix = mode.narrow(site, use.activation) if use.activation else None
+        if matrix is not None:
+            site.narrowed = True
+            with torch.no_grad(), torch.autocast(matrix.device.type, enabled=False), torch._C.DisableTorchFunction():
+                return saved[0].to(matrix.dtype) @ matrix, *saved[1:]
+    return saved

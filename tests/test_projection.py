@@ -681,6 +681,42 @@ class Made(TorchDispatchMode):
         return out
 
 
+def kept(step: Callable[[], Any]) -> int:
+    """Bytes that the graph of a forward keeps for its backward, each memory once."""
+    storages: dict[int, Any] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage()  # held, so that no other takes its place
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        step()
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("layers", ["attn,mlp", "mlp.c_proj", "attn.c_proj"])
+def test_of_activations_only_projections_are_kept(layers, monkeypatch):
+    """Beside what the gradients of activations alone need: k_in numbers a position, where d_in would be kept."""
+    samples, positions = 4, 64
+    model_fn, params = gpt2(tied=True, layers=2, width=96, heads=2, vocabulary=100, positions=positions)
+    batch = {"input_ids": torch.randint(100, (samples, positions))}
+    projection = gf.kronecker_projection(model_fn, params, batch, layers=layers, rank=64)
+    lowest = next(iter(projection.slices)).replace(".weight", ".bias")
+
+    def input_gradients() -> None:
+        leaf = params[lowest].detach().requires_grad_()
+        torch.autograd.grad(model_fn({**params, lowest: leaf}, batch).sum(), [leaf])
+
+    sides = [tuple(projection.matrices(name)[0].shape) for name in projection.slices]
+    narrow = sum(4 * samples * positions * k_in for _, k_in in sides)
+    wide = sum(4 * samples * positions * d_in for d_in, _ in sides)
+    least = kept(input_gradients)
+    more = kept(lambda: gf.ghost_grad_proj(model_fn, params, batch, projection)) - least
+    assert 0.9 * narrow <= more <= narrow + 0.1 * wide
+    monkeypatch.setattr(_projection.Projected, "narrow", lambda self, site, side: None)
+    assert kept(lambda: gf.ghost_grad_proj(model_fn, params, batch, projection)) - least >= 0.9 * wide
+
+
 def only_input_gradients(model_fn: Any, params: Params, batch: Any, lowest: str) -> int:
     """FLOPs of a forward and of the gradients of activations down to a bias, whose own gradient is a sum."""
 
