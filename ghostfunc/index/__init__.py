@@ -1,8 +1,23 @@
 """An index of a corpus: each sample's projected gradient on disk, in the data's order, to be searched and looked at."""
 
 from ghostfunc.index._manifest import StoreError
+from ghostfunc.index._scan import Hits
+from ghostfunc.index._search import Ends, rows_of_domain, search, search_ends, search_layers, stream_scores
 from ghostfunc.index._shards import Shard
 from ghostfunc.index._store import Store
 from ghostfunc.index._writer import Source, StoreWriter
 
-__all__ = ["Shard", "Source", "Store", "StoreError", "StoreWriter"]
+__all__ = [
+    "Ends",
+    "Hits",
+    "Shard",
+    "Source",
+    "Store",
+    "StoreError",
+    "StoreWriter",
+    "rows_of_domain",
+    "search",
+    "search_ends",
+    "search_layers",
+    "stream_scores",
+]
