@@ -713,8 +713,9 @@ def test_of_activations_only_projections_are_kept(layers, monkeypatch):
     least = kept(input_gradients)
     more = kept(lambda: gf.ghost_grad_proj(model_fn, params, batch, projection)) - least
     assert 0.9 * narrow <= more <= narrow + 0.1 * wide
-    monkeypatch.setattr(_projection.Projected, "narrow", lambda self, site, side: None)
-    assert kept(lambda: gf.ghost_grad_proj(model_fn, params, batch, projection)) - least >= 0.75 * wide
+    if layers != "attn.c_proj":  # whose activations attention keeps for its own backward
+        monkeypatch.setattr(_projection.Projected, "narrow", lambda self, site, side: None)
+        assert kept(lambda: gf.ghost_grad_proj(model_fn, params, batch, projection)) - least >= 0.75 * wide
 
 
 def only_input_gradients(model_fn: Any, params: Params, batch: Any, lowest: str) -> int:
