@@ -6,10 +6,8 @@ Run again with the same options, it continues where it stopped.
 """
 
 import argparse
-import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -22,8 +20,9 @@ from GradDotProd_LM import config_file
 from GradDotProd_LM.training_loop import Run, Trainer, as_text
 from shared.dataloader import Corpora, load_corpora
 from shared.model_setup import ARCHITECTURES, build_model, data_vocabulary, model_config, quiet_transformers
+from shared.options import natural, positive, positive_float
 from shared.training_utils import OPTIMIZERS
-from shared.utils import DTYPES, pick_device, seed_everything, write_whole
+from shared.utils import DTYPES, pick_device, run_name, seed_everything, write_whole
 
 # What may change between two starts of one run: where it runs and how often it saves, not what it computes.
 NOT_IN_THE_NUMBERS = (
@@ -80,25 +79,25 @@ def build_parser() -> argparse.ArgumentParser:
     add("--architecture", choices=list(ARCHITECTURES), default="GPT2-Small", help="trained from scratch")
     add("--model", help="instead: any causal LM, a folder or a hub name")
     add("--model_init", choices=["pretrained", "fresh"], default="pretrained", help="weights of --model")
-    add("--batch_size", type=_positive, default=16, help="training samples of a micro-batch")
-    add("--gradient_accumulation_steps", type=_positive, default=1, help="micro-batches of a step")
-    add("--val_batch_size", type=_positive, default=1, help="validation samples that the dots refer to")
-    add("--block_size", type=_positive, default=1024, help="tokens of a sample")
-    add("--max_steps", type=_positive, default=50000)
-    add("--learning_rate", type=_positive_float, default=3e-4, help="the peak; a tenth of it at the end")
-    add("--warmup_step", type=_natural, default=2000, help="steps of linear warm-up")
+    add("--batch_size", type=positive, default=16, help="training samples of a micro-batch")
+    add("--gradient_accumulation_steps", type=positive, default=1, help="micro-batches of a step")
+    add("--val_batch_size", type=positive, default=1, help="validation samples that the dots refer to")
+    add("--block_size", type=positive, default=1024, help="tokens of a sample")
+    add("--max_steps", type=positive, default=50000)
+    add("--learning_rate", type=positive_float, default=3e-4, help="the peak; a tenth of it at the end")
+    add("--warmup_step", type=natural, default=2000, help="steps of linear warm-up")
     add("--optimizer", choices=list(OPTIMIZERS), default="adamw")
     add("--order", type=int, choices=[1, 2], default=1, help="2: values with the validation loss's curvature")
     add("--metric", choices=["sgd", "adam"], default="sgd", help="whose step dots and values speak of")
-    add("--seed", type=_natural, default=42)
+    add("--seed", type=natural, default=42)
     add("--train_set", default="pile", help="pile, comma-separated domain names, or a folder of .bin files")
     add("--val_set", default="pile", help="likewise")
     add("--eval_only", action="store_true", help="evaluate the newest checkpoint, or the model at its start")
-    add("--eval_interval", type=_positive, default=200, help="steps between evaluations")
-    add("--eval_iter", type=_positive, default=20, help="batches of an evaluation, of each split")
-    add("--eval_bs", type=_positive, default=16, help="samples of an evaluation batch")
-    add("--dot_prod_save_interval", type=_positive, default=10, help="steps between saves of the log")
-    add("--checkpoint_interval", type=_positive, default=1000, help="steps between checkpoints")
+    add("--eval_interval", type=positive, default=200, help="steps between evaluations")
+    add("--eval_iter", type=positive, default=20, help="batches of an evaluation, of each split")
+    add("--eval_bs", type=positive, default=16, help="samples of an evaluation batch")
+    add("--dot_prod_save_interval", type=positive, default=10, help="steps between saves of the log")
+    add("--checkpoint_interval", type=positive, default=1000, help="steps between checkpoints")
     add("--fresh", action="store_true", help="discard this configuration's earlier results and start over")
     add("--model_dtype", choices=list(DTYPES), default="float32", help="of the weights; float16 for --eval_only")
     add(
@@ -113,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--results_dir", help="holds the run folders; over RESULTS_DIR, over config_file.py")
     add(
         "--interleave_plain",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="at every N-th step also time a plain training step on the same batch",
     )
@@ -170,7 +169,7 @@ def set_up(options: argparse.Namespace) -> Run:
     corpora.val.sample(options.val_batch_size, seed=options.seed, step=0)
 
     configuration = _configuration(options, data_dir, corpora)
-    folder = config_file.results_dir(options.results_dir) / _run_name(configuration)
+    folder = config_file.results_dir(options.results_dir) / _name_of(configuration)
     if options.fresh:
         shutil.rmtree(folder, ignore_errors=True)
     write_whole(folder / "config.json", json.dumps(configuration, indent=2) + "\n")
@@ -194,9 +193,7 @@ def _configuration(options: argparse.Namespace, data_dir: Path, corpora: Corpora
     return decisive | {"data_dir": str(data_dir), "data": data}
 
 
-def _run_name(configuration: dict[str, Any]) -> str:
-    """A name to read, and a hash that tells configurations apart where the name does not."""
-    digest = hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:8]
+def _name_of(configuration: dict[str, Any]) -> str:
     readable = [
         configuration["method"],
         Path(configuration["model"] or configuration["architecture"]).name,
@@ -206,33 +203,8 @@ def _run_name(configuration: dict[str, Any]) -> str:
         f"seed{configuration['seed']}",
         Path(configuration["train_set"]).name,
         Path(configuration["val_set"]).name,
-        digest,
     ]
-    return "-".join(re.sub(r"[^\w.-]+", "_", part)[:40] for part in readable)
-
-
-def _positive(text: str) -> int:
-    return _at_least(text, 1)
-
-
-def _natural(text: str) -> int:
-    return _at_least(text, 0)
-
-
-def _at_least(text: str, least: int) -> int:
-    if not re.fullmatch(r"\d+", text) or int(text) < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, not {text!r}")
-    return int(text)
-
-
-def _positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
-    return value
+    return run_name(readable, configuration)
 
 
 if __name__ == "__main__":

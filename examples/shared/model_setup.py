@@ -93,6 +93,24 @@ def model_config(
         name = architecture
     else:
         config, name = _config_from(model), model
+    require_fit(config, name, vocabulary, block_size)
+    config.use_cache = False  # a cache of keys and values serves generation only
+    return config
+
+
+def require_fit(config: PreTrainedConfig, name: str, vocabulary: DataVocabulary | None, block_size: int) -> None:
+    """Refuse data that a model cannot read.
+
+    Args:
+        config: of the model.
+        name: of the model, for the message.
+        vocabulary: of the data; None where it is not known.
+        block_size: tokens of a sample.
+
+    Raises:
+        ValueError: if the model's vocabulary is smaller than the data's, or if it has fewer positions than a sample has
+            tokens.
+    """
     if vocabulary is not None and config.vocab_size < vocabulary.size:
         raise ValueError(
             f"the data's vocabulary (vocab_size {vocabulary.size} in its meta.json) is larger than that of {name} "
@@ -106,8 +124,6 @@ def model_config(
             f"--block_size {block_size} is more than the {positions} positions of {name}: use --block_size {positions} "
             "or less"
         )
-    config.use_cache = False  # a cache of keys and values serves generation only
-    return config
 
 
 def _config_from(model: str) -> PreTrainedConfig:

@@ -4,9 +4,7 @@ import hashlib
 import json
 import os
 import re
-import resource
 import signal
-import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -70,18 +68,23 @@ def run_name(parts: Iterable[str], configuration: Mapping[str, Any]) -> str:
 
     Example:
         >>> run_name(["GradProj", "my model"], {"seed": 0})
-        'GradProj-my_model-0cd4b2ba'
+        'GradProj-my_model-de7d7744'
     """
     digest = hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:8]
     return "-".join(re.sub(r"[^\w.-]+", "_", part)[:40] for part in [*parts, digest])
 
 
-def peak_memory(device: torch.device) -> int:
-    """The most memory that this process has held, in bytes: on a GPU its tensors', else all of it."""
+def peak_memory(device: torch.device) -> int | None:
+    """The most memory that this process has held, in bytes: on a GPU its tensors', else all of it.
+
+    None where the system does not say.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    status = Path("/proc/self/status")
+    # Not the resource module's: that one counts the parent's peak in.
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return 1024 * int(found[1]) if found else None
 
 
 class Stopped(Exception):
