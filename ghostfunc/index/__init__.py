@@ -1,5 +1,7 @@
 """An index of a corpus: each sample's projected gradient on disk, in the data's order, to be searched and looked at."""
 
+from ghostfunc.index._faiss import FaissIndex, faiss_search
+from ghostfunc.index._gram import GramPreconditioner, inverse_gram
 from ghostfunc.index._manifest import StoreError
 from ghostfunc.index._scan import Hits
 from ghostfunc.index._search import Ends, rows_of_domain, search, search_ends, search_layers, stream_scores
@@ -9,12 +11,16 @@ from ghostfunc.index._writer import Source, StoreWriter
 
 __all__ = [
     "Ends",
+    "FaissIndex",
+    "GramPreconditioner",
     "Hits",
     "Shard",
     "Source",
     "Store",
     "StoreError",
     "StoreWriter",
+    "faiss_search",
+    "inverse_gram",
     "rows_of_domain",
     "search",
     "search_ends",
