@@ -1,0 +1,112 @@
+"""`ghostfunc explain`: the plan for a model, or what an index is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from ghostfunc.cli import _options as options
+from ghostfunc.cli._console import print_json, stdout_is_for_results
+from ghostfunc.cli._describe import describe, print_description
+from ghostfunc.cli._failures import ends_well
+from ghostfunc.cli._library import Opened, open_model, to_device, tokenizer_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ghostfunc._explain import Plan
+
+
+class _Settings(NamedTuple):
+    model: str
+    data: str | None
+    batch_size: int
+    block_size: int
+    layers: str
+    tokenizer: str | None
+    model_dtype: str
+    device: str
+
+
+@ends_well(resumable=False)
+def explain(
+    target: Annotated[
+        str, typer.Argument(metavar="MODEL|FOLDER", show_default=False, help="A model, or the folder of an index.")
+    ],
+    batch_size: Annotated[
+        int, options.option(options.DATA, "Samples of the batch.", default=4, min=1, metavar="N")
+    ] = 4,
+    block_size: Annotated[
+        int, options.option(options.DATA, "Tokens of a sample at most.", default=128, min=1, metavar="TOKENS")
+    ] = 128,
+    data: Annotated[
+        str | None,
+        options.option(options.DATA, "Take the batch from this corpus, not random tokens.", "--data", metavar="DATA"),
+    ] = None,
+    layers: Annotated[
+        str, options.option(options.MODEL, "Parts of parameter names, between commas; all if not given.", metavar="A,B")
+    ] = "",
+    tokenizer: options.Tokenizer = None,
+    model_dtype: options.ModelDtype = "float32",
+    device: options.Device = "auto",
+    json: options.Json = False,
+) -> None:
+    """Show what ghostfunc does with a model, or what an index holds.
+
+    For a model: each use of each parameter, its rule, its contraction, its FLOPs and memory, for a batch of that size.
+    For the folder of an index: its model, projection, data, and whether it is complete.
+
+    Examples:
+        ghostfunc explain gpt2 --batch-size 8 --block-size 1024
+        ghostfunc explain checkpoints/run-3 --data corpus.jsonl --layers mlp
+        ghostfunc explain my-index --json
+    """
+    if (Path(target) / "manifest.json").exists():
+        from ghostfunc.index import Store
+
+        described = describe(Store(target))
+        return print_json(described) if json else print_description(described)
+    with stdout_is_for_results():
+        settings = _Settings(target, data, batch_size, block_size, layers, tokenizer, str(model_dtype), str(device))
+        plan = _plan(settings)
+    if json:
+        print_json(as_json(plan))
+    else:
+        print(plan)
+
+
+def _plan(settings: _Settings) -> Plan:
+    import ghostfunc as gf
+
+    opened = open_model(settings.model, dtype=settings.model_dtype, device=settings.device)
+    batch = _random_batch(opened, settings) if settings.data is None else _first_batch(opened, settings)
+    return gf.explain(opened.model_fn, opened.params, to_device(batch, opened.device), layers=settings.layers)
+
+
+def _random_batch(opened: Opened, settings: _Settings) -> dict[str, Tensor]:
+    import torch
+
+    config = opened.model.module.config
+    longest = min(settings.block_size, getattr(config, "max_position_embeddings", None) or settings.block_size)
+    seeded = torch.Generator().manual_seed(0)
+    return {"input_ids": torch.randint(config.vocab_size, (settings.batch_size, longest), generator=seeded)}
+
+
+def _first_batch(opened: Opened, settings: _Settings) -> dict[str, Tensor]:
+    from ghostfunc.text import open_corpus
+
+    corpus = open_corpus(
+        str(settings.data),
+        tokenizer=tokenizer_of(opened, settings.tokenizer),
+        block_size=settings.block_size,
+        limit=settings.batch_size,
+    )
+    return corpus.batch(range(len(corpus)))
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON: its fields, and the sums that its text ends with."""
+    return {**asdict(plan), "flops": plan.flops, "coverage": plan.coverage}

@@ -1,0 +1,78 @@
+"""How a command ends when it fails: one line on stderr and an exit status, no traceback.
+
+| status | what happened |
+|---|---|
+| 1 | the machine or the model: a full disk, no permission, a missing package, a model that ghostfunc cannot serve |
+| 2 | the input: a flag, a setting, a file or folder that is not what it should be |
+| 130 | Ctrl-C |
+| 141 | the reader of our output went away (`| head`); nothing is said |
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import typer
+
+TRACEBACK = "GHOSTFUNC_TRACEBACK"
+_WRONG_INPUT = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
+
+
+def ends_well(*, resumable: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command: errors that have a reason to tell become one line and an exit status.
+
+    Args:
+        resumable: whether the same command goes on after an interruption, which Ctrl-C then says.
+
+    Returns:
+        The decorator. With `GHOSTFUNC_TRACEBACK` set in the environment, errors are raised as they are.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def guarded(*args: Any, **kwargs: Any) -> None:
+            try:
+                command(*args, **kwargs)
+                sys.stdout.flush()
+            except KeyboardInterrupt:
+                goes_on = ": the same command goes on from what is written" if resumable else ""
+                _say(f"interrupted{goes_on}")
+                raise typer.Exit(130) from None
+            except BrokenPipeError:
+                # The interpreter flushes stdout once more as it ends, and would complain.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise typer.Exit(141) from None
+            except (ValueError, OSError, ImportError, RuntimeError) as error:
+                status = _status(error)
+                if status is None or os.environ.get(TRACEBACK):
+                    raise
+                _say(f"error: {_one_line(error)}")
+                raise typer.Exit(status) from None
+
+        return guarded
+
+    return decorate
+
+
+def _status(error: Exception) -> int | None:
+    """The exit status of an error; None for one that is a fault of the program and wants a traceback."""
+    from ghostfunc._errors import UnsupportedUse
+
+    if isinstance(error, _WRONG_INPUT):
+        return 2
+    if isinstance(error, RuntimeError):
+        return 1 if isinstance(error, UnsupportedUse) else None
+    return 1
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)

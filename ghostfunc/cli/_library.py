@@ -1,0 +1,133 @@
+"""The library's calls as the commands make them: a model, a corpus, a projection, from settings."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ghostfunc.cli._config import IndexConfig, RunConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ghostfunc import KroneckerProjection
+    from ghostfunc.index import Model
+    from ghostfunc.text import Corpus
+
+PROJECTION_FILE = "projection.safetensors"
+_MODEL_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_PCA_SAMPLES = 64  # whose gradients' principal directions "pca" takes
+
+
+class Opened(NamedTuple):
+    """A model, ready for the transforms.
+
+    Attributes:
+        model: with its name, tokenizer and fingerprint.
+        model_fn: `model_fn(params, batch) -> losses[B]`.
+        params: by name.
+    """
+
+    model: Model
+    model_fn: Any
+    params: dict[str, Tensor]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        return next(iter(self.params.values())).device
+
+
+def open_model(name: str, *, dtype: str, device: str) -> Opened:
+    """Load a causal language model.
+
+    Raises:
+        ValueError: if the dtype or the device is unknown.
+        OSError: if there is no such model.
+    """
+    import ghostfunc as gf
+    from ghostfunc.index import load_model
+
+    model = load_model(name, dtype=_dtype(dtype), device=_device(device))
+    return Opened(model, *gf.functionalize(model.module, gf.causal_lm_loss))
+
+
+def tokenizer_of(opened: Opened, name: str | None) -> Any:
+    """The tokenizer of that name, or the model's own.
+
+    Raises:
+        ValueError: if none is named and the model has none.
+    """
+    from ghostfunc.text import load_tokenizer
+
+    if name is not None:
+        return load_tokenizer(name)
+    if opened.model.tokenizer is None:
+        raise ValueError(f"{opened.model.name} comes without a tokenizer: name one with --tokenizer")
+    return opened.model.tokenizer
+
+
+def open_data(path: str, config: RunConfig, tokenizer: Any, *, limit: int | None = None) -> Corpus:
+    """A corpus, read as a run reads its own."""
+    from ghostfunc.text import open_corpus
+
+    return open_corpus(
+        path,
+        tokenizer=tokenizer,
+        block_size=config.block_size,
+        text_field=config.text_field,
+        domain_field=config.domain_field,
+        limit=limit,
+    )
+
+
+def projection_of(config: IndexConfig, opened: Opened, corpus: Corpus) -> KroneckerProjection:
+    """The index's projection where it has one, else a new one."""
+    import ghostfunc as gf
+
+    saved = Path(config.out) / PROJECTION_FILE
+    if saved.exists():
+        return gf.KroneckerProjection.load(saved, opened.device)
+    samples = range(0, len(corpus), max(1, len(corpus) // _PCA_SAMPLES))[:_PCA_SAMPLES]
+    batches = [to_device(corpus.batch([i]), opened.device) for i in samples] if config.kind == "pca" else None
+    return gf.kronecker_projection(
+        opened.model_fn,
+        opened.params,
+        to_device(corpus.batch([0]), opened.device),
+        layers=config.layers,
+        rank=config.rank,
+        min_rank=config.min_rank,
+        kind=config.kind,
+        seed=config.seed,
+        include=tuple(kind.strip() for kind in config.include.split(",") if kind.strip()),
+        batches=batches,
+    )
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A batch on a device."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    if name not in _MODEL_DTYPES:
+        raise ValueError(f"--model-dtype {name} is none of {', '.join(_MODEL_DTYPES)}")
+    return getattr(torch, name)
+
+
+def _device(name: str) -> str:
+    """The device to run on; "auto" gives each process of torchrun a GPU of its own, where there are any."""
+    import torch
+
+    if name == "auto":
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        return f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return name

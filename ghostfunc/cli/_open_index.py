@@ -1,0 +1,125 @@
+"""An index with all that a question to it needs: its model, its projection, and the text of its samples."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from ghostfunc.cli._config import IndexConfig
+from ghostfunc.cli._library import PROJECTION_FILE, Opened, open_data, open_model, tokenizer_of
+from ghostfunc.cli._run_files import run_files
+
+if TYPE_CHECKING:
+    from ghostfunc import KroneckerProjection
+    from ghostfunc.index import Store
+    from ghostfunc.text import Corpus
+
+
+class Index(NamedTuple):
+    """An index that can be asked.
+
+    Attributes:
+        store: its rows.
+        configs: the settings of its data, in the order in which they were added.
+        opened: the model that it was made with.
+        projection: of its gradients.
+    """
+
+    store: Store
+    configs: list[IndexConfig]
+    opened: Opened
+    projection: KroneckerProjection
+
+
+def open_index(folder: str, *, model: str | None, device: str) -> Index:
+    """Open an index and the model that it was made with.
+
+    Args:
+        folder: the index.
+        model: where its model is, if it is not where it was.
+        device: where the model shall run.
+
+    Returns:
+        The index.
+
+    Raises:
+        ValueError: if the folder holds no complete index of `ghostfunc index`, or if the model is another one.
+    """
+    import ghostfunc as gf
+    from ghostfunc.index import Store
+
+    store = Store(folder)
+    files = run_files(store.folder)
+    if not files or not (store.folder / PROJECTION_FILE).exists():
+        missing = "run.yaml" if not files else PROJECTION_FILE
+        raise ValueError(f"{folder} has no {missing}: it was not written by ghostfunc index, which alone can be asked")
+    configs = [IndexConfig.of({}, file) for file in files]
+    if not store.complete:
+        raise ValueError(f"{folder} is not complete: ghostfunc index --config {files[-1]} goes on with it")
+    first = configs[0]
+    name = model or first.model
+    try:
+        opened = open_model(name, dtype=first.model_dtype, device=device)
+    except FileNotFoundError as error:
+        raise ValueError(f"{error}. If the model of {folder} has moved, say where it is with --model") from error
+    made_with = store.manifest["model"].get("fingerprint")
+    if opened.model.fingerprint != made_with:
+        raise ValueError(
+            f"{name} is not the model of {folder}: its fingerprint is {opened.model.fingerprint}, the index was made "
+            f"with {made_with}. Say where that one is with --model"
+        )
+    return Index(store, configs, opened, gf.KroneckerProjection.load(store.folder / PROJECTION_FILE, opened.device))
+
+
+def open_queries(index: Index, prompts: Sequence[str], file: str | None) -> Corpus:
+    """Prompts or a file as queries, tokenized and cut as the index's data were.
+
+    Raises:
+        ValueError: if there are neither or both.
+    """
+    from ghostfunc.text import TextCorpus
+
+    if bool(prompts) == (file is not None):
+        raise ValueError("name the queries: prompts, or a file of them with --file")
+    config = index.configs[0]
+    tokenizer = tokenizer_of(index.opened, config.tokenizer)
+    if file is not None:
+        return open_data(file, config, tokenizer)
+    return TextCorpus.of(prompts, tokenizer=tokenizer, block_size=config.block_size)
+
+
+def open_corpora(index: Index, elsewhere: Sequence[str]) -> tuple[dict[str, Corpus], list[str]]:
+    """The data of an index, to show its text.
+
+    Args:
+        index: the index.
+        elsewhere: where data may be that has moved.
+
+    Returns:
+        The corpora by the name of their source, and a sentence for each that is not to be had.
+    """
+    wanted = source_names(index.store)
+    found: dict[str, Corpus] = {}
+    for config in index.configs:
+        tokenizer = tokenizer_of(index.opened, config.tokenizer)
+        for path in (*elsewhere, config.data):
+            if os.path.exists(path):
+                corpus = open_data(path, config, tokenizer, limit=config.limit)
+                if corpus.fingerprint in wanted:
+                    found[wanted[corpus.fingerprint]] = corpus
+                    break
+    missing = [name for name in wanted.values() if name not in found]
+    places = ", ".join(config.data for config in index.configs)
+    sentences = [
+        f"the text of {name} is not shown: it is not in {places}, or has changed since. Say where it is with --data"
+        for name in missing
+    ]
+    return found, sentences
+
+
+def source_names(store: Store) -> dict[str, str]:
+    """The names of a store's sources by their fingerprints."""
+    from ghostfunc.index._manifest import read_sources
+
+    return {source.fingerprint: source.name for source in read_sources(store.folder)}
