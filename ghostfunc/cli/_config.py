@@ -51,8 +51,8 @@ class RunConfig:
     command: ClassVar[str]
     paths: ClassVar[frozenset[str]] = frozenset({"data", "out"})
     paths_or_names: ClassVar[frozenset[str]] = frozenset({"model", "tokenizer"})
-    # What may be elsewhere now: data and models are known by their fingerprints.
-    movable: ClassVar[frozenset[str]] = frozenset({"data", "model", "out", "tokenizer", "device"})
+    # What may be elsewhere now, as data and models are known by their fingerprints, or decides nothing but the memory.
+    movable: ClassVar[frozenset[str]] = frozenset({"data", "model", "out", "tokenizer", "device", "token_budget"})
 
     @classmethod
     def of(cls, flags: Mapping[str, Any], file: Path | None) -> Self:

@@ -89,10 +89,11 @@ def _plan(settings: _Settings) -> Plan:
 def _random_batch(opened: Opened, settings: _Settings) -> dict[str, Tensor]:
     import torch
 
-    config = opened.model.module.config
-    longest = min(settings.block_size, getattr(config, "max_position_embeddings", None) or settings.block_size)
+    positions = getattr(opened.model.module.config, "max_position_embeddings", None)
+    longest = min(settings.block_size, positions or settings.block_size)
     seeded = torch.Generator().manual_seed(0)
-    return {"input_ids": torch.randint(config.vocab_size, (settings.batch_size, longest), generator=seeded)}
+    ids = torch.randint(opened.model.vocab_size, (settings.batch_size, longest), generator=seeded)
+    return {"input_ids": ids}
 
 
 def _first_batch(opened: Opened, settings: _Settings) -> dict[str, Tensor]:

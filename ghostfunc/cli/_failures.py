@@ -8,6 +8,7 @@
 | 141 | the reader of our output went away (`| head`); nothing is said |
 """
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typing import Any
 import typer
 
 TRACEBACK = "GHOSTFUNC_TRACEBACK"
-_WRONG_INPUT = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
+_WRONG_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 def ends_well(*, resumable: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -48,7 +49,7 @@ def ends_well(*, resumable: bool) -> Callable[[Callable[..., None]], Callable[..
                 status = _status(error)
                 if status is None or os.environ.get(TRACEBACK):
                     raise
-                _say(f"error: {_one_line(error)}")
+                _say(f"error: {_reason(error)}")
                 raise typer.Exit(status) from None
 
         return guarded
@@ -60,18 +61,28 @@ def _status(error: Exception) -> int | None:
     """The exit status of an error; None for one that is a fault of the program and wants a traceback."""
     from ghostfunc._errors import UnsupportedUse
 
-    if isinstance(error, _WRONG_INPUT):
+    system = error if isinstance(error, OSError) else error.__cause__
+    if isinstance(system, OSError) and system.errno is not None:
+        return 2 if system.errno in _WRONG_PATH else 1
+    if isinstance(error, (ValueError, OSError)):
         return 2
-    if isinstance(error, RuntimeError):
-        return 1 if isinstance(error, UnsupportedUse) else None
-    return 1
+    if isinstance(error, (ImportError, UnsupportedUse)) or _out_of_memory(error):
+        return 1
+    return None
 
 
-def _one_line(error: Exception) -> str:
+def _out_of_memory(error: Exception) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _reason(error: Exception) -> str:
+    if _out_of_memory(error):
+        return "out of memory: a smaller --token-budget takes less; what is written stays good"
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error).strip() or type(error).__name__
 
 
 def _say(line: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ghostfunc.cli._library import open_data, tokenizer_of
+from ghostfunc.cli._library import open_data
 from ghostfunc.text import Corpus
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def held_out_samples(index: Index, count: int) -> Corpus:
         ValueError: if there are not so many.
     """
     config = index.configs[0]
-    corpus = open_data(config.data, config, tokenizer_of(index.opened, config.tokenizer))
+    corpus = open_data(config.data, config, index.opened)
     table = corpus.samples(0, len(corpus))
     documents = table["document"].to_pylist()
     rows = len(documents) if config.limit is None else min(config.limit, len(documents))

@@ -12,9 +12,9 @@ from ghostfunc.cli._config import IndexConfig
 from ghostfunc.cli._console import print_json, stdout_is_for_results
 from ghostfunc.cli._describe import describe, print_description
 from ghostfunc.cli._failures import ends_well
-from ghostfunc.cli._library import open_data, open_model, projection_of, tokenizer_of
+from ghostfunc.cli._library import open_data, open_model, projection_of
 from ghostfunc.cli._progress import progress
-from ghostfunc.cli._run_files import file_of, run_file, save
+from ghostfunc.cli._run_files import file_of, run_file, run_files, save
 
 _PROJECTION = options.PROJECTION
 
@@ -118,8 +118,8 @@ def _build(settings: IndexConfig, file: Path, process: int, processes: int) -> i
     from ghostfunc.index import build_index
 
     opened = open_model(settings.model, dtype=settings.model_dtype, device=settings.device)
-    corpus = open_data(settings.data, settings, tokenizer_of(opened, settings.tokenizer), limit=settings.limit)
-    projection = projection_of(settings, opened, corpus)
+    corpus = open_data(settings.data, settings, opened, limit=settings.limit)
+    projection = projection_of(settings, opened, corpus, begun=bool(run_files(Path(settings.out))))
     computed = -1
     with progress("indexing") as report:
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ghostfunc.cli._config import IndexConfig, RunConfig
+from ghostfunc.cli._console import say
 
 if TYPE_CHECKING:
     import torch
@@ -41,39 +42,41 @@ class Opened(NamedTuple):
 
 
 def open_model(name: str, *, dtype: str, device: str) -> Opened:
-    """Load a causal language model.
+    """Load a causal language model; weights that are not trained are told.
 
     Raises:
-        ValueError: if the dtype or the device is unknown.
+        ValueError: if the dtype or the device is unknown, or it is no causal language model.
         OSError: if there is no such model.
     """
     import ghostfunc as gf
     from ghostfunc.index import load_model
 
     model = load_model(name, dtype=_dtype(dtype), device=_device(device))
+    if not model.trained:
+        say(f"{name} has no trained weights: they are random numbers, and scores say nothing about a trained model")
     return Opened(model, *gf.functionalize(model.module, gf.causal_lm_loss))
 
 
 def tokenizer_of(opened: Opened, name: str | None) -> Any:
-    """The tokenizer of that name, or the model's own.
-
-    Raises:
-        ValueError: if none is named and the model has none.
-    """
+    """The tokenizer of that name, or the model's own; None if it has none."""
     from ghostfunc.text import load_tokenizer
 
-    if name is not None:
-        return load_tokenizer(name)
-    if opened.model.tokenizer is None:
-        raise ValueError(f"{opened.model.name} comes without a tokenizer: name one with --tokenizer")
-    return opened.model.tokenizer
+    return opened.model.tokenizer if name is None else load_tokenizer(name)
 
 
-def open_data(path: str, config: RunConfig, tokenizer: Any, *, limit: int | None = None) -> Corpus:
-    """A corpus, read as a run reads its own."""
+def open_data(path: str, config: RunConfig, opened: Opened, *, limit: int | None = None) -> Corpus:
+    """A corpus, read as a run reads its own, with ids that the model has.
+
+    Raises:
+        ValueError: if it is text and there is no tokenizer, or if an id is none of the model's; as `open_corpus`.
+        FileNotFoundError: as `open_corpus`.
+    """
     from ghostfunc.text import open_corpus
 
-    return open_corpus(
+    tokenizer = tokenizer_of(opened, config.tokenizer)
+    if tokenizer is None and not any(Path(path).glob("*.bin")):
+        raise ValueError(f"{opened.model.name} comes without a tokenizer: name one with --tokenizer")
+    corpus = open_corpus(
         path,
         tokenizer=tokenizer,
         block_size=config.block_size,
@@ -81,14 +84,23 @@ def open_data(path: str, config: RunConfig, tokenizer: Any, *, limit: int | None
         domain_field=config.domain_field,
         limit=limit,
     )
+    corpus.require_vocabulary(opened.model.vocab_size, opened.model.name)
+    return corpus
 
 
-def projection_of(config: IndexConfig, opened: Opened, corpus: Corpus) -> KroneckerProjection:
-    """The index's projection where it has one, else a new one."""
+def projection_of(config: IndexConfig, opened: Opened, corpus: Corpus, *, begun: bool) -> KroneckerProjection:
+    """A projection by settings.
+
+    Args:
+        config: the settings.
+        opened: the model.
+        corpus: whose gradients it is for.
+        begun: whether `config.out` is an index of these settings, which has it.
+    """
     import ghostfunc as gf
 
     saved = Path(config.out) / PROJECTION_FILE
-    if saved.exists():
+    if begun and saved.exists():
         return gf.KroneckerProjection.load(saved, opened.device)
     samples = range(0, len(corpus), max(1, len(corpus) // _PCA_SAMPLES))[:_PCA_SAMPLES]
     batches = [to_device(corpus.batch([i]), opened.device) for i in samples] if config.kind == "pca" else None

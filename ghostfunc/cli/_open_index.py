@@ -61,7 +61,7 @@ def open_index(folder: str, *, model: str | None, device: str) -> Index:
     name = model or first.model
     try:
         opened = open_model(name, dtype=first.model_dtype, device=device)
-    except FileNotFoundError as error:
+    except OSError as error:
         raise ValueError(f"{error}. If the model of {folder} has moved, say where it is with --model") from error
     made_with = store.manifest["model"].get("fingerprint")
     if opened.model.fingerprint != made_with:
@@ -83,10 +83,18 @@ def open_queries(index: Index, prompts: Sequence[str], file: str | None) -> Corp
     if bool(prompts) == (file is not None):
         raise ValueError("name the queries: prompts, or a file of them with --file")
     config = index.configs[0]
-    tokenizer = tokenizer_of(index.opened, config.tokenizer)
     if file is not None:
-        return open_data(file, config, tokenizer)
-    return TextCorpus.of(prompts, tokenizer=tokenizer, block_size=config.block_size)
+        return open_data(file, config, index.opened)
+    tokenizer = tokenizer_of(index.opened, config.tokenizer)
+    if tokenizer is None:
+        raise ValueError(
+            f"{index.opened.model.name} comes without a tokenizer: name queries of token files with --file"
+        )
+    corpus = TextCorpus.of(prompts, tokenizer=tokenizer, block_size=config.block_size)
+    short = next((i for i, length in enumerate(corpus.lengths) if length < 2), None)
+    if short is not None:
+        raise ValueError(f"the prompt {corpus.text(short)!r} has one token, after which nothing is predicted: say more")
+    return corpus
 
 
 def open_corpora(index: Index, elsewhere: Sequence[str]) -> tuple[dict[str, Corpus], list[str]]:
@@ -102,10 +110,9 @@ def open_corpora(index: Index, elsewhere: Sequence[str]) -> tuple[dict[str, Corp
     wanted = source_names(index.store)
     found: dict[str, Corpus] = {}
     for config in index.configs:
-        tokenizer = tokenizer_of(index.opened, config.tokenizer)
         for path in (*elsewhere, config.data):
             if os.path.exists(path):
-                corpus = open_data(path, config, tokenizer, limit=config.limit)
+                corpus = open_data(path, config, index.opened, limit=config.limit)
                 if corpus.fingerprint in wanted:
                     found[wanted[corpus.fingerprint]] = corpus
                     break

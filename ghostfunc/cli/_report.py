@@ -81,6 +81,7 @@ def report(
             metric=metric,
             precondition=preconditioner(index.store, precondition, damping),
             preconditioned=in_words(precondition, damping),
+            model={**index.store.manifest["model"], "trained": index.opened.model.trained},
             token_budget=index.configs[0].token_budget,
         )
     if json:
