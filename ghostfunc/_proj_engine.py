@@ -57,8 +57,9 @@ class GradProjEngine:
         include_embeddings: project embeddings too.
         proj_dir: the folder of the store; None stores nothing.
         proj_save_interval: write a shard after so many calls of `collect_batch`.
-        config: what else decides the rows, such as the model's fingerprint and the data's; JSON can hold it. The store
-            keeps it, and a store with another one is refused.
+        config: what else decides the rows, for the store, which is refused where it was begun with another; JSON can
+            hold it. `config["model"]` and `config["data"]`, dicts that may have a "name" and a "fingerprint", say whose
+            gradients of what these are. Without them nothing tells the rows of one checkpoint from those of another.
 
     Attributes:
         projection: the `KroneckerProjection`; None before the first batch.
@@ -183,9 +184,12 @@ class GradProjEngine:
                 f"collect_batch: the batch has {n} samples, but there are {len(sample_ids)} ids in batch_indices and "
                 f"{len(names)} domains; expected one of each per sample."
             )
-        rows, losses = self._project(batch)
+        labels = names_of(sample_ids, names)
+        rows, losses = self._project(batch, labels)
+        _require("projection of {} is not finite", rows.isfinite().all(1), labels, "Look at these samples.")
         stored = rows.to("cpu", DTYPES[self.proj_dtype])
-        self._require_finite(rows, stored, losses, names_of(sample_ids, names))
+        remedy = 'Use proj_dtype="bfloat16" or "float32".'
+        _require("projection of {} does not fit into " + self.proj_dtype, stored.isfinite().all(1), labels, remedy)
         self.losses = losses
         self._rows += n
         if self._source is not None:
@@ -288,8 +292,8 @@ class GradProjEngine:
             )
         if projection.clipped:
             warnings.warn(
-                f"{', '.join(projection.clipped)}: fewer numbers than proj_rank_total={self.proj_rank_total}, so that "
-                "fewer are kept (metadata has each layer's k_i and k_o).",
+                f"{', '.join(projection.clipped)}: smaller than proj_rank_total={self.proj_rank_total}, so that fewer "
+                "numbers are kept of them (metadata has each layer's k_i and k_o).",
                 stacklevel=3,
             )
         if self.proj_dir is not None:
@@ -303,7 +307,7 @@ class GradProjEngine:
     def _open_store(self, folder: Path, projection: KroneckerProjection) -> Any:
         from ghostfunc.index import StoreWriter
 
-        of_store = {"model": {"name": type(self.module).__name__}, "data": {"fingerprint": ""}}
+        of_store = {"model": {"name": type(self.module).__name__}, "data": {}}
         model, data = (self.config.get(name, default) for name, default in of_store.items())
         writer = StoreWriter(
             folder,
@@ -315,22 +319,33 @@ class GradProjEngine:
             settings={name: value for name, value in self.config.items() if name not in of_store},
         )
         projection.save(folder / "projection.safetensors")
-        return writer.source("collected", fingerprint=data["fingerprint"], rows=None)
+        return writer.source(data.get("name", "collected"), fingerprint=data.get("fingerprint", ""), rows=None)
 
-    def _project(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """The rows `[B, k]` and the losses `[B]` of a batch."""
+    def _project(self, batch: Any, names: list[str]) -> tuple[Tensor, Tensor]:
+        """The rows `[B, k]` and the losses `[B]` of a batch, whose samples messages call by these names."""
         with self._undisturbed() as autocast:
             batch = self._on_device(batch)
-            if torch.float16 not in (autocast.dtype, *(p.dtype for p in self.module.parameters())):
-                return self._project_scaled(batch, autocast, 1.0)
-            # Without a scale small gradients vanish in float16; one that makes them overflow is halved. Every batch
-            # begins with the same, so that rows do not depend on what was collected before.
-            scale = FLOAT16_LOSS_SCALE
+            try:
+                return self._project_within_range(batch, autocast)
+            except ValueError:
+                # The transform knows rows of the batch; whoever collects it wants to read which samples they are.
+                model_fn, params = functionalized(self.module, self.loss_fn, self.call, autocast, 1.0)
+                with torch.no_grad():
+                    losses = model_fn(params, batch)
+                _require("loss of {} is not finite", losses.isfinite(), names, "Look at these samples.")
+                raise
+
+    def _project_within_range(self, batch: Any, autocast: Autocast) -> tuple[Tensor, Tensor]:
+        if torch.float16 not in (autocast.dtype, *(p.dtype for p in self.module.parameters())):
+            return self._project_scaled(batch, autocast, 1.0)
+        # Without a scale small gradients vanish in float16; one that makes them overflow is halved. Every batch begins
+        # with the same, so that rows do not depend on what was collected before.
+        scale = FLOAT16_LOSS_SCALE
+        found = self._project_scaled(batch, autocast, scale)
+        while scale > 1 and not found[0].isfinite().all():
+            scale /= 2
             found = self._project_scaled(batch, autocast, scale)
-            while scale > 1 and not found[0].isfinite().all():
-                scale /= 2
-                found = self._project_scaled(batch, autocast, scale)
-            return found
+        return found
 
     def _project_scaled(self, batch: Any, autocast: Autocast, scale: float) -> tuple[Tensor, Tensor]:
         model_fn, params = functionalized(self.module, self.loss_fn, self.call, autocast, scale)
@@ -363,20 +378,13 @@ class GradProjEngine:
                 m.training = True
             random.restore()
 
-    def _require_finite(self, rows: Tensor, stored: Tensor, losses: Tensor, names: list[str]) -> None:
-        finite = rows.isfinite().all(1) & losses.isfinite()
-        fits = stored.isfinite().all(1).to(finite.device)
-        what, good, remedy = "loss or projection of {} is not finite", finite, "Look at these samples."
-        if finite.all():
-            what, good = "projection of {} does not fit into " + self.proj_dtype, fits
-            remedy = 'Use proj_dtype="bfloat16" or "float32".'
-        if not good.all():
-            bad = [name for name, is_good in zip(names, good.tolist(), strict=True) if not is_good]
-            shown = "; ".join(bad[:8])
-            raise FloatingPointError(
-                f"the {what.format(f'{len(bad)} of {len(names)} samples')}: {shown}. Nothing of this batch was kept. "
-                f"{remedy}"
-            )
+
+def _require(what: str, good: Tensor, names: list[str], remedy: str) -> None:
+    """Raise FloatingPointError where a sample is not good `[B]`; `what` has a place for how many there are."""
+    bad = [name for name, is_good in zip(names, good.tolist(), strict=True) if not is_good]
+    if bad:
+        which = what.format(f"{len(bad)} of {len(names)} samples")
+        raise FloatingPointError(f"the {which}: {'; '.join(bad[:8])}. Nothing of this batch was kept. {remedy}")
 
 
 def _samples(sample_ids: list[int], domains: list[str], losses: Tensor) -> Any:
