@@ -30,8 +30,8 @@ def tokens(highlights: Highlights) -> Markup:
 
     Tokens too weak for a colour are plain text.
     """
-    largest = max((abs(score) for score in highlights.scores), default=0.0)
-    marked = zip(highlights.pieces, highlights.scores, strict=True)
+    marked = _characters(highlights)
+    largest = max((abs(score) for _, score in marked), default=0.0)
     parts = []
     for level, group in groupby(marked, key=lambda token: level_of(token[1], largest)):
         if level == 0:
@@ -39,17 +39,27 @@ def tokens(highlights: Highlights) -> Markup:
             continue
         for piece, score in group:
             # A line end has no width to be coloured.
-            shown = visible(piece, newline="↵\n") if piece else Markup("∅")
+            shown = visible(piece, newline="↵\n") if piece else Markup("…")
             parts.append(
                 Markup('<mark class="{}{}" title="{}">{}</mark>').format(sign_of(score), level, number(score), shown)
             )
     return Markup("").join(parts)
 
 
+def _characters(highlights: Highlights) -> list[tuple[str, float]]:
+    """Pieces with their scores; a token without characters of its own adds to the one before, whose last it shares."""
+    found: list[tuple[str, float]] = []
+    for piece, score in zip(highlights.pieces, highlights.scores, strict=True):
+        if found and not piece:
+            found[-1] = found[-1][0], found[-1][1] + score
+        else:
+            found.append((piece, score))
+    return found
+
+
 def strongest(highlights: Highlights, count: int = 8) -> list[tuple[str, float]]:
     """The tokens of the largest scores in size, with their scores, the largest first."""
-    pairs = zip(highlights.pieces, highlights.scores, strict=True)
-    return sorted(pairs, key=lambda token: -abs(token[1]))[:count]
+    return sorted(_characters(highlights), key=lambda token: -abs(token[1]))[:count]
 
 
 def shape(distribution: Distribution) -> str:
