@@ -152,7 +152,8 @@ class Store:
             StoreError: if the index is not complete, or a shard is damaged.
         """
         wanted = self._columns(columns)
-        at_a_time = rows_at_a_time or max(1, _PIECE // (4 * (wanted.stop - wanted.start)))
+        fitting = max(1, _PIECE // (4 * (wanted.stop - wanted.start)))
+        at_a_time = fitting if rows_at_a_time is None else rows_at_a_time
         if at_a_time < 1:
             raise StoreError(f"rows_at_a_time={at_a_time}: a piece has at least one row.")
         self._refuse_incomplete()
@@ -195,7 +196,8 @@ class Store:
         by_shard = groupby(spans, key=lambda span: span[0])
         taken = [self._samples(shard, columns).take([row - shard.start for _, row, _ in s]) for shard, s in by_shard]
         place = {row: number for number, row in enumerate(ascending)}
-        return _selected(_joined(taken), columns).take([place[row] for row in wanted])
+        order = pa.array([place[row] for row in wanted], pa.int64())
+        return _selected(_joined(taken), columns).take(order)
 
     def _samples(self, stored: _Stored, columns: Sequence[str] | None) -> pa.Table:
         self._check(stored.files, checksums=True)
