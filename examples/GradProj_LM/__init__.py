@@ -1,0 +1,1 @@
+"""Project the gradient of every sample of a corpus into a store."""
