@@ -29,6 +29,7 @@ class Setting:
         dtype: of contractions.
         train: units of the train batch, n.
         val: validation samples, m; 0 without any.
+        all_val: validation samples of all ranks.
     """
 
     params: Mapping[str, Tensor]
@@ -36,6 +37,7 @@ class Setting:
     dtype: torch.dtype
     train: int
     val: int
+    all_val: int
 
     def zeros(self, *shape: int) -> Tensor:
         """Zeros of the contractions' dtype, where the parameters are."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from ghostfunc._functionalize import ModelFn
 from ghostfunc._nesting import refuse_compiling, unrecorded
 from ghostfunc._products import Products
 from ghostfunc._randomness import RANDOMNESS
+from ghostfunc._ranks import Group, Ranks
 from ghostfunc._run import Run, Want, run
 from ghostfunc._segments import Segments
 
@@ -32,6 +34,7 @@ class Call(NamedTuple):
         has_aux: whether `model_fn` returns `(losses, aux)`.
         lenient: whether a use without a rule costs a backward for each sample.
         randomness: what random operations draw.
+        ranks: those that have a share of the samples; None without a group.
     """
 
     model_fn: ModelFn
@@ -41,6 +44,7 @@ class Call(NamedTuple):
     has_aux: bool
     lenient: bool
     randomness: str
+    ranks: Ranks | None = None
 
     @property
     def device(self) -> torch.device:
@@ -67,6 +71,25 @@ class Call(NamedTuple):
         """A run whose backward contracts what it can."""
         return self.run(batch, samples, factors=self.names, more_taps=products.more_taps, plan=products.plan, **want)
 
+    def together(self) -> AbstractContextManager[None]:
+        """Around this rank's share of the work: what one rank raises, all raise."""
+        return nullcontext() if self.ranks is None else self.ranks.together()
+
+    def over_ranks(self, count: int) -> int:
+        """A number of samples of this rank, over all ranks."""
+        return count if self.ranks is None else self.ranks.total(count)
+
+    def sums(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over this rank's samples as sums over all ranks'."""
+        return tensors if self.ranks is None else self.ranks.sums(tensors)
+
+    def unused(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Of the names that this rank's losses do not depend on those that no rank's do."""
+        if self.ranks is None:
+            return names
+        of_ranks = [set(text.split("\n")) for text in self.ranks.texts("\n".join(names))]
+        return tuple(name for name in names if all(name in unused for unused in of_ranks))
+
     def weights(self, samples: int, weight: float) -> Tensor:
         """The same weight for each sample's loss, `[samples]`."""
         return torch.full((samples,), weight, dtype=torch.float64, device=self.device)
@@ -80,13 +103,14 @@ def checked(
     has_aux: bool,
     on_unsupported: str,
     randomness: str,
+    group: Group | None = None,
 ) -> Call:
     """The shared arguments, checked.
 
     Raises:
         TypeError: for a parameter that is no floating-point tensor.
         ValueError: for no parameters, or an unknown option.
-        RuntimeError: where Dynamo reads the call.
+        RuntimeError: where Dynamo reads the call, or for a group inside a functorch transform.
     """
     refuse_compiling()
     params = _check_params(params)
@@ -96,7 +120,8 @@ def checked(
         raise ValueError(f"randomness={randomness!r}: expected {', '.join(map(repr, RANDOMNESS))}.")
     names = match_layers(layers, list(params))
     lenient = on_unsupported == "dense"
-    return Call(model_fn, params, _contraction_dtype(params, dtype), names, has_aux, lenient, randomness)
+    ranks = Ranks.of(group, next(iter(params.values())).device)
+    return Call(model_fn, params, _contraction_dtype(params, dtype), names, has_aux, lenient, randomness, ranks)
 
 
 def _check_params(params: Params) -> dict[str, Tensor]:

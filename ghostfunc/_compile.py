@@ -41,6 +41,8 @@ def _as_node(name: str, model_fn: Callable, params: Mapping[str, Tensor], *batch
         raise RuntimeError(f"torch.compile of {name} needs torch 2.13; this is {torch.__version__}. Call it outside.")
     from ghostfunc._node import node, remember  # here, for torch._dynamo takes seconds to import
 
+    if options.pop("group", None) is not None:
+        raise RuntimeError(f"torch.compile of {name} with a group= is not supported. Call it outside.")
     if isinstance(model_fn, (MethodType, partial)):
         raise RuntimeError(
             "model_fn is a bound method or a partial, on which torch.compile cannot guard. Pass a function, or an "

@@ -138,11 +138,14 @@ def collected(
     projection: Any = None,
 ) -> tuple[Contraction, Run, Tensor, Tensor | None]:
     """Run the batches and accumulate: `(contraction, run, losses, val_losses)`. Sums over train samples are plain."""
-    n = batch_size(train, "train" if val is not None else "given")
-    m = 0 if val is None else batch_size(val, "val")
+    with call.together():
+        n = batch_size(train, "train" if val is not None else "given")
+        m = 0 if val is None else batch_size(val, "val")
+    all_m = call.over_ranks(m)
     names = tuple(name for name in call.params if name in call.names)
-    accumulators = start(Setting(call.params, names, call.dtype, units.runs, m))
+    accumulators = start(Setting(call.params, names, call.dtype, units.runs, m, all_m))
     joint = m > 0 and not cannot_join(train, val) and not call.has_aux and m <= n and units.segments is None
+    joint = joint and call.ranks is None
 
     def contraction(val_here: int, val_run: Run | None) -> Contraction:
         rows = units.runs + val_here
@@ -170,14 +173,20 @@ def collected(
     val_run = val_losses = None
     if m:
         each = any(a.val == "each" for a in accumulators)
+        if each and call.ranks is not None:
+            raise ValueError("with group=, ghost_grad_dot has the axis 'val', and ghost_quantities sums over it.")
         how = {"factors": call.names} if each else {"grads": True}
-        first = call.run(val, m, train=m, dropout=False, batches=(("val", m),), **how)
+        with call.together():
+            first = call.run(val, m, train=m, dropout=False, batches=(("val", m),), **how)
         val_run, val_losses = first if each else None, first.losses
+        direction = call.sums(first.grads)
         for a in accumulators:
             if isinstance(a, Dots) and not each:
-                a.along(first.grads)
+                a.along(direction)
         before.restore()
     products = contraction(0, val_run)
-    result = run_of(products, train, n, batches=(("train" if m else "given", n),))
-    products.finish(result)
+    with call.together():
+        result = run_of(products, train, n, batches=(("train" if m else "given", n),))
+        products.finish(result)
+    result.grads, result.unused = call.sums(result.grads), call.unused(result.unused)
     return products, result, result.losses, val_losses

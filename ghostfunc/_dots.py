@@ -46,6 +46,22 @@ class ValueAndGradDot(_Values):
     unused: tuple[str, ...] = ()
 
 
+class Shares(NamedTuple):
+    """How many samples there are.
+
+    Attributes:
+        n: train samples here.
+        m: validation samples here.
+        all_n: train samples of all ranks.
+        all_m: validation samples of all ranks.
+    """
+
+    n: int
+    m: int
+    all_n: int
+    all_m: int
+
+
 class Asked(NamedTuple):
     """What is asked of dot products.
 
@@ -116,9 +132,12 @@ def dots_of(
     if precondition is not None and asked.each_val:
         raise ValueError("precondition takes one validation gradient; it cannot serve an out with the axis 'val'.")
     train, val = plain(train), plain(val)
-    n, m = batch_size(train, "train"), batch_size(val, "val")
-    units = units_of(train, n, segments, token=asked.axes.has("token"))
-    why_not = _why_not_joint(train, val, asked, precondition, segments)
+    with call.together():
+        n, m = batch_size(train, "train"), batch_size(val, "val")
+        units = units_of(train, n, segments, token=asked.axes.has("token"))
+        why_not = _why_not_joint(train, val, asked, precondition, segments)
+    if call.ranks is not None:
+        why_not = "the validation samples of all ranks make one gradient, which must be there first"
     if schedule == "joint" and why_not:
         raise ValueError(f"schedule='joint' cannot serve this call: {why_not}. Use schedule='two-phase' or 'auto'.")
     if schedule == "joint" or (schedule == "auto" and not why_not and not call.has_aux and m <= n):
@@ -127,7 +146,8 @@ def dots_of(
             return _joint(call, train, val, n, m, asked, grads, refuse_random=schedule == "auto")
         except DrewRandomNumbers:
             before.restore()
-    return _two_phase(call, train, val, n, m, units, asked, precondition, grads)
+    shares = Shares(n, m, call.over_ranks(n), call.over_ranks(m))
+    return _two_phase(call, train, val, shares, units, asked, precondition, grads)
 
 
 def _why_not_joint(
@@ -169,21 +189,25 @@ def _two_phase(
     call: Call,
     train: Any,
     val: Any,
-    n: int,
-    m: int,
+    shares: Shares,
     units: Units,
     asked: Asked,
     precondition: Precondition | None,
     grads: bool,
 ) -> tuple[ValueAndGradDot, Any]:
     before = RandomState.of(call.device)  # the train samples draw what a plain step would
-    if asked.each_val:
-        first = call.run(val, m, train=m, factors=call.names, dropout=False, batches=(("val", m),))
-        direction = None
-    else:
-        weights = call.weights(m, asked.val_weight(m))
-        first = call.run(val, m, train=m, grads=True, weights=weights, dropout=False, batches=(("val", m),))
-        direction = first.grads
+    n, m = shares.n, shares.m
+    val_here = slice(0, m)
+    if asked.each_val and call.ranks is not None:
+        start = sum(call.ranks.counts(m)[: call.ranks.rank])
+        val, m, val_here = call.ranks.batch(val, "val"), shares.all_m, slice(start, start + m)
+    with call.together():
+        how_val = {"train": m, "dropout": False, "batches": (("val", m),)}
+        if asked.each_val:
+            first = call.run(val, m, factors=call.names, **how_val)
+        else:
+            first = call.run(val, m, grads=True, weights=call.weights(m, asked.val_weight(shares.all_m)), **how_val)
+    direction = None if asked.each_val else call.sums(first.grads)
     before.restore()
     about = direction is not None and getattr(precondition, "about_train_gradient", False)
     if direction is not None and precondition is not None and not about:
@@ -198,14 +222,16 @@ def _two_phase(
     how = {
         "train": units.runs,
         "grads": sums,
-        "weights": call.weights(n, 1.0 / n if sums else 1.0),
+        "weights": call.weights(n, 1.0 / shares.all_n if sums else 1.0),
         "batches": (("train", n),),
         "segments": units.segments,
     }
-    if about or asked.by_head:  # factors are kept until the direction is known, or for the heads
-        result = call.run(train, n, factors=call.names, **how)
-    else:
-        result = call.contracted(products, train, n, **how)
+    with call.together():
+        if about or asked.by_head:  # factors are kept until the direction is known, or for the heads
+            result = call.run(train, n, factors=call.names, **how)
+        else:
+            result = call.contracted(products, train, n, **how)
+    result.grads, result.unused = call.sums(result.grads), call.unused(result.unused)
     if about:
         assert precondition is not None and direction is not None
         products = Along(call.names, units.runs, one_direction(precondition(direction, result.grads), call), 1)
@@ -213,8 +239,8 @@ def _two_phase(
     columns = columns or product_columns(products, result, call.names)
     if not grads:
         result.grads = {}
-    dots = asked.arranged(columns, units, n if sums else 1)
-    return _values(result, result.losses, first.losses, dots), result.aux
+    dots = asked.arranged(columns, units, shares.all_n if sums else 1)
+    return _values(result, result.losses, first.losses[val_here], dots), result.aux
 
 
 def by_head(call: Call, products: Products, result: Run, units: Units, asked: Asked) -> dict[str, Tensor]:

@@ -17,7 +17,8 @@ from ghostfunc._call import Layers, Params, Units, checked
 from ghostfunc._contraction import Contraction, collected
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._nesting import readable
-from ghostfunc._quantities import Clip, Norms, Project, Quantity
+from ghostfunc._quantities import Clip, Gram, Norms, Project, Quantity
+from ghostfunc._ranks import Group
 from ghostfunc._run import Run
 
 
@@ -58,6 +59,7 @@ def ghost_quantities(
     has_aux: bool = False,
     on_unsupported: str = "raise",
     randomness: str = "different",
+    group: Group | None = None,
 ) -> Quantities:
     """Any set of quantities of per-sample gradients, and the mean training gradient, from one forward and backward.
 
@@ -76,6 +78,9 @@ def ghost_quantities(
         has_aux: as in `ghost_grad_dot`; the output is at `.aux`.
         on_unsupported: as in `ghost_grad_dot`.
         randomness: as in `ghost_grad_dot`.
+        group: as in `ghost_grad_dot`: the mean gradient, the validation gradient and the sum of clipped gradients are
+            over all ranks' samples; a `Stream` is of this rank's, and a `Gram` or a `Dot` with the axis "val" is not
+            to be had here.
 
     Returns:
         `Quantities`: `.losses[n]`, `.val_losses[m]`, `.grads` (of the mean train loss) and `result[name]`. Every
@@ -97,9 +102,10 @@ def ghost_quantities(
         >>> result["dots"].shape, result["matrix"].shape, result["gram"].shape, result.grads["weight"].shape
         (torch.Size([5]), torch.Size([5, 2]), torch.Size([5, 5]), torch.Size([3, 4]))
     """
-    call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness)
+    call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness, group)
     train, val = plain(train), plain(val)
-    n = batch_size(train, "train")
+    with call.together():
+        n = batch_size(train, "train")
     names = tuple(name for name in call.params if name in call.names)
     for name, quantity in want.items():
         if not isinstance(quantity, Quantity):
@@ -107,6 +113,9 @@ def ghost_quantities(
                 f"want[{name!r}] is a {type(quantity).__name__}; expected Dot, Along, Gram, Norm, Project, Clip or "
                 "Stream."
             )
+    grams = [name for name, quantity in want.items() if isinstance(quantity, Gram)]
+    if grams and group is not None:
+        raise ValueError(f"want[{grams[0]!r}]: with group=, ghost_grad_gram has the matrix of all ranks' samples.")
     projections = {name: quantity for name, quantity in want.items() if isinstance(quantity, Project)}
     clips = {name: _groups(quantity.max_norm, names) for name, quantity in want.items() if isinstance(quantity, Clip)}
     if len(projections) > 1:
@@ -131,10 +140,14 @@ def ghost_quantities(
         if name in projections:
             values[name] = contraction.projections(result)
         elif name in clips:
-            values[name] = _clipped(contraction, result, squares[0], clips[name], losses)
+            with call.together():
+                clipped = _clipped(contraction, result, squares[0], clips[name], losses)
+            values[name] = ClippedGrad(call.sums(clipped.grads), clipped.norms)
+            values[name].losses = losses
         else:
             values[name] = started[name].value()
-    means = {name: grad / n for name, grad in result.grads.items()}
+    all_n = call.over_ranks(n)
+    means = {name: grad / all_n for name, grad in result.grads.items()}
     aux = pytree.tree_map_only(Tensor, lambda t: t[:n] if t.dim() and len(t) > n else t, result.aux)
     return Quantities(losses, val_losses, means, values, result.unused, aux)
 

@@ -26,6 +26,7 @@ from ghostfunc._curvature import Curvature, curvature
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._nesting import unrecorded
 from ghostfunc._products import Along
+from ghostfunc._ranks import Group, Ranks
 from ghostfunc._run import Run
 from ghostfunc._transforms import value_and_grad_dot
 
@@ -63,6 +64,7 @@ class _Terms(NamedTuple):
     val: Curvature
     first: Tensor  # [n]: <g_i, P V>
     second: Tensor  # [n]: <P g_i, H (2U - P mean_j g_j)>
+    all_n: int  # train samples of all ranks
 
 
 def ghost_grad_hess_grad(
@@ -77,6 +79,7 @@ def ghost_grad_hess_grad(
     has_aux: bool = False,
     on_unsupported: str = "raise",
     randomness: str = "different",
+    group: Group | None = None,
 ) -> Any:
     """Interaction of each train sample with the whole step through the validation loss's curvature.
 
@@ -105,6 +108,7 @@ def ghost_grad_hess_grad(
         has_aux: `model_fn` returns `(losses, aux)`, and the result is `(h, aux)` with the train batch's aux.
         on_unsupported: as in `ghost_grad_dot`, for the train rows.
         randomness: as in `ghost_grad_dot`. Dropout is off for the validation samples.
+        group: as in `ghost_grad_dot`: the sum, n and H are over all ranks' samples.
 
     Returns:
         `[n]`; with `has_aux`, `(h, aux)`.
@@ -123,9 +127,9 @@ def ghost_grad_hess_grad(
         >>> gf.ghost_grad_hess_grad(model_fn, params, train, val).shape
         torch.Size([5])
     """
-    call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness)
+    call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness, group)
     terms = _terms(call, train, val, precondition)
-    h = terms.second * len(terms.second)
+    h = terms.second * terms.all_n
     return (h, terms.train.aux) if has_aux else h
 
 
@@ -143,6 +147,7 @@ def in_run_values(
     has_aux: bool = False,
     on_unsupported: str = "raise",
     randomness: str = "different",
+    group: Group | None = None,
 ) -> Any:
     """In-Run Data Shapley values of one training step: the decrease of the validation loss that each sample makes.
 
@@ -171,6 +176,7 @@ def in_run_values(
         has_aux: as in `ghost_grad_dot`.
         on_unsupported: as in `ghost_grad_dot`.
         randomness: as in `ghost_grad_dot`.
+        group: as in `ghost_grad_dot`: the step is on the mean over all ranks' train samples, n of them in all.
 
     Returns:
         `InRunValues(losses[n], val_losses[m], grads, first[n], second[n], values[n])`; with `has_aux`,
@@ -197,18 +203,20 @@ def in_run_values(
         raise ValueError(f"order={order!r}: expected 1 (dot products) or 2 (the Hessian too).")
     options: dict[str, Any] = {
         "dtype": dtype, "layers": layers, "has_aux": has_aux, "on_unsupported": on_unsupported,
-        "randomness": randomness,
+        "randomness": randomness, "group": group,
     }  # fmt: skip
     if order == 1:
         found = value_and_grad_dot(model_fn, params, train, val, precondition=precondition, **options)
         dots, aux = found if has_aux else (found, None)
-        first = dots.dots * lr / len(dots.losses)
+        ranks = Ranks.of(group, dots.losses.device)
+        n = len(dots.losses)
+        first = dots.dots * lr / (n if ranks is None else ranks.total(n))
         values = InRunValues(dots.losses, dots.val_losses, dots.grads, first, torch.zeros_like(first), first.clone())
         values.unused = dots.unused
     else:
         call = checked(model_fn, params, **options)
         terms = _terms(call, train, val, precondition)
-        aux, n = terms.train.aux, len(terms.first)
+        aux, n = terms.train.aux, terms.all_n
         first = terms.first * lr / n
         second = -0.5 * lr * lr * terms.second / n
         values = InRunValues(terms.train.losses, terms.val.losses, terms.train.grads, first, second, first + second)
@@ -226,10 +234,14 @@ def _check_lr(lr: float | Tensor) -> None:
 
 def _terms(call: Call, train: Any, val: Any, precondition: Precondition | None) -> _Terms:
     train, val = plain(train), plain(val)
-    n, m = batch_size(train, "train"), batch_size(val, "val")
-    weights = call.weights(n, 1.0 / n)
-    result = call.run(train, n, train=n, grads=True, weights=weights, factors=call.names, batches=(("train", n),))
-    mean = result.grads
+    with call.together():
+        n, m = batch_size(train, "train"), batch_size(val, "val")
+    all_n, all_m = call.over_ranks(n), call.over_ranks(m)
+    weights = call.weights(n, 1.0 / all_n)
+    with call.together():
+        result = call.run(train, n, train=n, grads=True, weights=weights, factors=call.names, batches=(("train", n),))
+    mean = result.grads = call.sums(result.grads)
+    result.unused = call.unused(result.unused)
 
     def preconditioned(direction: Direction) -> Direction:
         if precondition is None:
@@ -244,14 +256,18 @@ def _terms(call: Call, train: Any, val: Any, precondition: Precondition | None) 
             step = _twice_without(update(mean), step)
     everywhere = call._replace(names=frozenset(call.params))
     step = {name: u.squeeze(0) for name, u in one_direction(step, everywhere).items()}
-    found = curvature(call.model_fn, call.params, val, m, step, has_aux=call.has_aux, randomness=call.randomness)
+    with call.together():
+        found = curvature(call.model_fn, call.params, val, m, step, has_aux=call.has_aux, randomness=call.randomness)
+    if call.ranks is not None:  # of the mean over this rank's samples
+        shares = ({name: t * (m / all_m) for name, t in of.items()} for of in (found.gradient, found.product))
+        found = Curvature(found.losses, *(call.sums(share) for share in shares))
     with unrecorded():
         slope = one_direction(preconditioned(found.gradient), call)
         curved = one_direction(preconditioned(found.product), call)
         directions = {name: torch.cat([slope[name], curved[name]]) for name in call.names}
     columns = product_columns(Along(call.names, n, directions, 2), result, call.names)
-    first, second = (torch.stack(list(columns.values())).sum(0) * n).unbind(1)  # the factors are those of l_i / n
-    return _Terms(result, found, first, second)
+    first, second = (torch.stack(list(columns.values())).sum(0) * all_n).unbind(1)  # factors are of l_i / n
+    return _Terms(result, found, first, second, all_n)
 
 
 def _twice_without(update: Direction, preconditioned: Direction) -> Direction:

@@ -16,6 +16,7 @@ from ghostfunc._contraction import collected
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._many import ghost_quantities
 from ghostfunc._quantities import Clip, Gram, Norms, Stream
+from ghostfunc._ranks import Group
 from ghostfunc._tiles import Tile
 from ghostfunc._transforms import ghost_grad_dot
 
@@ -101,6 +102,7 @@ def ghost_grad_gram(
     has_aux: bool = False,
     on_unsupported: str = "raise",
     randomness: str = "different",
+    group: Group | None = None,
 ) -> Any:
     """Dot products of every two samples' gradients: K[i, j] = <grad l_i, grad l_j>.
 
@@ -116,6 +118,7 @@ def ghost_grad_gram(
         has_aux: as in `ghost_grad_dot`.
         on_unsupported: as in `ghost_grad_dot`.
         randomness: as in `ghost_grad_dot`.
+        group: as in `ghost_grad_dot`: the columns are all ranks' samples, in the order of the ranks.
 
     Returns:
         `[B, B]`, symmetric with the squared norms on its diagonal, or `[B, B']`; with `has_aux`, `(K, aux)`.
@@ -132,12 +135,13 @@ def ghost_grad_gram(
         >>> gf.ghost_grad_gram(model_fn, params, batch).shape
         torch.Size([5, 5])
     """
-    if other is not None:
+    if other is not None or group is not None:
+        other = batch if other is None else other
         parse(out, ("param", "layer", "train", "other"))
         dots = out.replace("other", "val")
         return ghost_grad_dot(
             model_fn, params, batch, other, out=dots, reduction="sum", dtype=dtype, layers=layers, layer_of=layer_of,
-            has_aux=has_aux, on_unsupported=on_unsupported, randomness=randomness,
+            has_aux=has_aux, on_unsupported=on_unsupported, randomness=randomness, group=group,
         )  # fmt: skip
     result = ghost_quantities(
         model_fn, params, batch, want={"gram": Gram(out, layer_of)}, grads=False, dtype=dtype, layers=layers,
@@ -157,6 +161,7 @@ def ghost_clipped_grad(
     has_aux: bool = False,
     on_unsupported: str = "raise",
     randomness: str = "different",
+    group: Group | None = None,
 ) -> Any:
     """The sum of per-sample gradients, each clipped to a norm: sum_b min(1, C / |grad l_b|) grad l_b.
 
@@ -175,6 +180,7 @@ def ghost_clipped_grad(
         has_aux: as in `ghost_grad_dot`.
         on_unsupported: as in `ghost_grad_dot`.
         randomness: as in `ghost_grad_dot`.
+        group: as in `ghost_grad_dot`; the sum is over all ranks' samples, the norms are of this rank's.
 
     Returns:
         `ClippedGrad(grads, norms)`: the sum by name (divide by the batch size that you account for), and the norms
@@ -196,7 +202,7 @@ def ghost_clipped_grad(
     """
     result = ghost_quantities(
         model_fn, params, batch, want={"clipped": Clip(max_norm)}, grads=False, dtype=dtype, layers=layers,
-        has_aux=has_aux, on_unsupported=on_unsupported, randomness=randomness,
+        has_aux=has_aux, on_unsupported=on_unsupported, randomness=randomness, group=group,
     )  # fmt: skip
     return (result["clipped"], result.aux) if has_aux else result["clipped"]
 

@@ -17,6 +17,7 @@ from ghostfunc._factors import Factor
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._nesting import unrecorded
 from ghostfunc._products import Along
+from ghostfunc._ranks import Group
 from ghostfunc._run import base_factor
 
 
@@ -39,6 +40,7 @@ def ghost_grad_dot(
     on_unsupported: str = "raise",
     randomness: str = "different",
     segments: Tensor | None = None,
+    group: Group | None = None,
 ) -> Any:
     """Dot products of each train sample's gradient with the validation gradient.
 
@@ -78,6 +80,10 @@ def ghost_grad_dot(
             -1 for none: packed documents. The axis "train" has K entries then, each the part of the gradient of the
             sum of the losses that comes through the segment's positions: its own gradient, where attention and losses
             keep segments apart (as `causal_lm_loss` does for a batch with "segments").
+        group: the data-parallel process group, or a mesh of one dimension: the batches are this rank's shares (of any
+            sizes, none empty), the validation gradient is that of all ranks' samples, and results are about this
+            rank's train samples; the axis "val" has all ranks' validation samples, in the order of the ranks. All
+            ranks make the call, and what one raises, all raise.
 
     Returns:
         The dot products in the axes of `out`; with `has_aux`, `(dots, aux)`.
@@ -99,7 +105,7 @@ def ghost_grad_dot(
         >>> gf.ghost_grad_dot(model_fn, params, train, val, out="train val").shape
         torch.Size([5, 2])
     """
-    call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness)
+    call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness, group)
     values, aux = dots_of(
         call,
         train,
@@ -132,6 +138,7 @@ def value_and_grad_dot(
     on_unsupported: str = "raise",
     randomness: str = "different",
     segments: Tensor | None = None,
+    group: Group | None = None,
 ) -> Any:
     """Losses, the mean training gradient and the dot products of `ghost_grad_dot`, from one forward and backward.
 
@@ -153,6 +160,8 @@ def value_and_grad_dot(
         on_unsupported: as in `ghost_grad_dot`.
         randomness: as in `ghost_grad_dot`.
         segments: as in `ghost_grad_dot`.
+        group: as in `ghost_grad_dot`; `grads` is the gradient of the mean over all ranks' train samples, the same on
+            every rank.
 
     Returns:
         `ValueAndGradDot(losses[n], val_losses[m], grads, dots)`; `grads` is what `torch.func.grad` of the mean train
@@ -173,7 +182,7 @@ def value_and_grad_dot(
         >>> result.losses.shape, result.grads["weight"].shape, result.dots.shape
         (torch.Size([5]), torch.Size([3, 4]), torch.Size([5]))
     """
-    call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness)
+    call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness, group)
     values, aux = dots_of(
         call,
         train,

@@ -1,0 +1,163 @@
+"""Data parallel calls: each rank has its share of the samples, and what is a sum or a mean is one over all ranks.
+
+    mean over all samples = sum over ranks of a rank's own sum / sum over ranks of its number of samples
+
+Averages of the ranks' means would be wrong for unequal shares. What belongs to a sample stays with its rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils import _pytree as pytree
+
+from ghostfunc._nesting import functorch_level
+
+Group = dist.ProcessGroup | DeviceMesh
+
+_BUCKET = 64 << 20  # bytes that are reduced at a time
+
+
+class RankFailed(RuntimeError):
+    """Another rank's share of a call raised; the message has its rank and its error."""
+
+
+class Ranks:
+    """The ranks of a group, and what they tell each other. Every rank makes the same calls in the same order.
+
+    Args:
+        group: the process group.
+        device: of the tensors that are exchanged.
+
+    Attributes:
+        group: the process group.
+        size: how many ranks.
+        rank: which of them this is.
+        device: of the tensors that are exchanged.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group = group
+        self.size = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+        self.device = device
+        if self.rank < 0:
+            raise ValueError("group= is a process group that this rank is not in: pass the one that it is in.")
+
+    @classmethod
+    def of(cls, group: Group | None, device: torch.device) -> Ranks | None:
+        """The ranks of a process group or of a mesh of one dimension; None for None.
+
+        Raises:
+            ValueError: for a mesh of several dimensions, or a group that this rank is not in.
+            RuntimeError: inside a functorch transform, which cannot see what ranks exchange.
+        """
+        if group is None:
+            return None
+        if functorch_level() is not None:
+            raise RuntimeError("group= inside a functorch transform: make the call outside, or without a group.")
+        if isinstance(group, DeviceMesh):
+            if group.ndim != 1:
+                raise ValueError(
+                    f"group= is a mesh of {group.ndim} dimensions {group.mesh_dim_names}: name the one that samples "
+                    "are split over, as in mesh['data']."
+                )
+            group = group.get_group()
+        return cls(group, device)
+
+    def counts(self, count: int) -> list[int]:
+        """Each rank's count."""
+        mine = torch.tensor([count], dtype=torch.int64, device=self.device)
+        return [int(t) for t in self._gathered(mine)]
+
+    def total(self, count: int) -> int:
+        """The sum of all ranks' counts."""
+        return sum(self.counts(count))
+
+    def sums(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The sums over all ranks of tensors that every rank has, by name: new tensors, some MB at a time."""
+        found: dict[str, Tensor] = {}
+        waiting: list[str] = []
+        size = 0
+
+        def reduce() -> None:
+            flat = torch.cat([tensors[name].detach().reshape(-1) for name in waiting])
+            dist.all_reduce(flat, group=self.group)
+            parts = flat.split([tensors[name].numel() for name in waiting])
+            found.update({name: part.view(tensors[name].shape) for name, part in zip(waiting, parts, strict=True)})
+
+        for name, tensor in tensors.items():
+            if waiting and (size + tensor.nbytes > _BUCKET or tensor.dtype != tensors[waiting[0]].dtype):
+                reduce()
+                waiting, size = [], 0
+            waiting.append(name)
+            size += tensor.nbytes
+        if waiting:
+            reduce()
+        return found
+
+    def batch(self, batch: Any, what: str) -> Any:
+        """All ranks' samples as one batch, in the order of the ranks.
+
+        Raises:
+            ValueError: on every rank, if their tensors differ beyond the first dimension.
+        """
+        leaves, spec = pytree.tree_flatten(batch)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        described = "; ".join(f"{tuple(t.shape[1:])} {t.dtype}" for t in tensors)
+        of_ranks = self.texts(described)
+        if len(set(of_ranks)) > 1:
+            raise ValueError(
+                f"the {what} batches of the ranks differ beyond their first dimension, so that no rank can take all "
+                f"samples: {', '.join(f'rank {rank}: {text}' for rank, text in enumerate(of_ranks))}. Pad them to one "
+                "length."
+            )
+        counts = self.counts(len(tensors[0]))
+        whole = iter([self._all(t, counts) for t in tensors])
+        return pytree.tree_unflatten([next(whole) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+
+    def texts(self, text: str) -> list[str]:
+        """Each rank's text."""
+        data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8).to(self.device)
+        counts = self.counts(len(data))
+        parts = self._all(data, counts).cpu().split(counts)
+        return [bytes(part.tolist()).decode().strip("\0") for part in parts]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What one rank raises inside, every rank raises: none waits for another that has left.
+
+        Raises:
+            RankFailed: if another rank raised.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        said = self.texts("" if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        failed = [f"rank {rank}: {text}" for rank, text in enumerate(said) if text]
+        if failed:
+            raise RankFailed(f"another rank's share of this call failed. {'; '.join(failed)}")
+
+    def _all(self, tensor: Tensor, counts: list[int]) -> Tensor:
+        """All ranks' tensors `[count, ...]`, one after the other."""
+        most = max(counts)
+        plain = tensor.detach().contiguous().view(torch.uint8) if tensor.dtype == torch.bool else tensor.detach()
+        padded = plain.new_zeros(most, *plain.shape[1:])
+        padded[: len(plain)] = plain
+        parts = [part[:count] for part, count in zip(self._gathered(padded), counts, strict=True)]
+        return torch.cat(parts).view(tensor.dtype) if tensor.dtype == torch.bool else torch.cat(parts)
+
+    def _gathered(self, tensor: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous(), group=self.group)
+        return parts
