@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def shares(samples: int, ranks: int) -> list[slice]:
     bounds = [0, samples - sum(sizes)]
     for size in sizes:
         bounds.append(bounds[-1] + size)
-    return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(bounds)]
 
 
 def part(batch: Any, where: slice) -> Any:
