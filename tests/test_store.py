@@ -144,6 +144,7 @@ def test_appended_sources_follow(tmp_path: Path) -> None:
         source.write(shard, second[shard.start : shard.stop], table)
     store = Store(tmp_path)
     assert store.sources == {"data": range(5), "more": range(5, 11)}
+    assert store.fingerprints == {"data": "data", "more": "m"}
     assert torch.equal(store.read(3, 9), torch.cat([first, second])[3:9])
     assert store.samples()["loss"].to_pylist() == [None] * 5 + [0.5] * 6
     assert store.sample_rows([6, 1]).select(["row", "sample_id", "loss"]).to_pylist() == [

@@ -199,7 +199,7 @@ def test_a_stream_does_not_grow_with_the_store(tmp_path: Path) -> None:
     for shard in source.missing():
         source.write(shard, rows, samples_of(shard.start, shard.stop))
     command = [sys.executable, "-c", STREAM, str(tmp_path), str(stored // 4)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}  # a thread's arena is 64 MiB of names
     ran = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
     expected = float(Store(tmp_path).read(0, shard_rows).double().sum()) * shards

@@ -45,6 +45,11 @@ class Shard(NamedTuple):
     start: int
     stop: int
 
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return self.stop - self.start
+
 
 @dataclass(frozen=True)
 class ShardFiles:

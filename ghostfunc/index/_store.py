@@ -3,6 +3,7 @@
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,10 @@ class _Stored(NamedTuple):
     start: int  # the shard's first row in the store
     files: ShardFiles
 
+    @property
+    def stop(self) -> int:
+        return self.start + self.files.shard.rows
+
 
 class Store:
     """An index that is read: the rows of all sources one after the other, and what is known of each.
@@ -51,6 +56,7 @@ class Store:
         slices: the columns of each part of a row, by name; empty for rows of one part.
         manifest: what the index is of: model, projection, settings, and more.
         sources: the rows of each source of data, by name.
+        fingerprints: what decides each source's samples, by name.
         missing_shards: those that are yet to be written, with the names of their sources.
 
     Example:
@@ -80,9 +86,10 @@ class Store:
         parts = sorted(manifest.slices.items(), key=lambda part: part[1])
         self.slices = {name: slice(start, stop) for name, (start, stop) in parts}
         self.sources: dict[str, range] = {}
+        self.fingerprints: dict[str, str] = {}
         self.missing_shards: list[tuple[str, Shard]] = []
         self._shards: list[_Stored] = []
-        self._checked: set[Path] = set()
+        self._checked: set[int] = set()  # starts of shards whose checksums are right
         there = numbers_there(self.folder)
         start = 0
         for number, source in enumerate(read_sources(self.folder)):
@@ -101,6 +108,7 @@ class Store:
                 stop = start + source.rows
             self._shards += [_Stored(start + files.shard.start, files) for files in stored]
             self.sources[source.name] = range(start, stop)
+            self.fingerprints[source.name] = source.fingerprint
             start = stop
         self.rows = start
         self._refuse_foreign(there)
@@ -132,8 +140,11 @@ class Store:
         if not 0 <= start <= stop <= self.rows:
             raise StoreError(f"Rows {start} to {stop} are asked for, and {self.folder} has rows 0 to {self.rows}.")
         wanted = self._columns(columns)
-        pieces = [rows for _, rows in self._pieces(start, stop, wanted, max(stop - start, 1), check=True)]
-        return torch.cat(pieces) if pieces else torch.empty(0, wanted.stop - wanted.start)
+        pieces = [torch.empty(0, wanted.stop - wanted.start)]
+        for shard, first, last in self._spans(start, stop):
+            self._check(shard, checksums=True)
+            pieces.append(shard.files.read(first - shard.start, last - shard.start, wanted, self.slices))
+        return torch.cat(pieces)
 
     def stream(
         self, *, columns: slice | None = None, rows_at_a_time: int | None = None, check: bool = True
@@ -157,17 +168,23 @@ class Store:
         if at_a_time < 1:
             raise StoreError(f"rows_at_a_time={at_a_time}: a piece has at least one row.")
         self._refuse_incomplete()
-        return self._pieces(0, self.rows, wanted, at_a_time, check)
+        return self._pieces(wanted, at_a_time, check)
 
-    def _pieces(
-        self, start: int, stop: int, columns: slice, at_a_time: int, check: bool
-    ) -> Iterator[tuple[int, Tensor]]:
-        for stored, first, last in self._spans(start, stop):
-            self._check(stored.files, checksums=check)
-            for begin in range(first, last, at_a_time):
-                end = min(begin + at_a_time, last)
-                rows = stored.files.read(begin - stored.start, end - stored.start, columns, self.slices)
-                yield begin, rows
+    def _pieces(self, columns: slice, at_a_time: int, checksums: bool) -> Iterator[tuple[int, Tensor]]:
+        for shard in self._checked_ahead(checksums):
+            for begin in range(0, shard.files.shard.rows, at_a_time):
+                end = min(begin + at_a_time, shard.files.shard.rows)
+                yield shard.start + begin, shard.files.read(begin, end, columns, self.slices)
+
+    def _checked_ahead(self, checksums: bool) -> Iterator[_Stored]:
+        """All shards; while one is in use, a thread reads and checks the next."""
+        with ThreadPoolExecutor(max_workers=1) as ahead:
+            checks = [ahead.submit(self._check, shard, checksums=checksums) for shard in self._shards[:1]]
+            for shard, following in zip(self._shards, [*self._shards[1:], None], strict=False):
+                checks.pop().result()
+                if following is not None:
+                    checks.append(ahead.submit(self._check, following, checksums=checksums))
+                yield shard
 
     def samples(self, columns: Sequence[str] | None = None) -> pa.Table:
         """What is known of every row.
@@ -200,9 +217,9 @@ class Store:
         return _selected(_joined(taken), columns).take(order)
 
     def _samples(self, stored: _Stored, columns: Sequence[str] | None) -> pa.Table:
-        self._check(stored.files, checksums=True)
+        self._check(stored, checksums=True)
         table = stored.files.read_samples(columns)
-        rows = range(stored.start, stored.start + stored.files.shard.stop - stored.files.shard.start)
+        rows = range(stored.start, stored.stop)
         return table.add_column(0, pa.field(ROW, pa.int64()), [pa.array(rows, pa.int64())])
 
     def verify(self) -> None:
@@ -213,14 +230,14 @@ class Store:
         """
         refuse_damaged(self.folder, [stored.files for stored in self._shards])
 
-    def _check(self, files: ShardFiles, *, checksums: bool) -> None:
-        if files.record in self._checked:
+    def _check(self, stored: _Stored, *, checksums: bool) -> None:
+        if stored.start in self._checked:
             return
-        reason = files.damage(checksums=checksums)
+        reason = stored.files.damage(checksums=checksums)
         if reason:
             raise StoreError(damaged(self.folder, [reason]))
         if checksums:
-            self._checked.add(files.record)
+            self._checked.add(stored.start)
 
     def _refuse_incomplete(self) -> None:
         if self.missing_shards:
@@ -245,14 +262,13 @@ class Store:
         while at < stop:
             number = bisect_right(self._starts, at) - 1
             stored = self._shards[number] if number >= 0 else None
-            end = stored.start + stored.files.shard.stop - stored.files.shard.start if stored else 0
-            if stored is None or at >= end:
+            if stored is None or at >= stored.stop:
                 raise StoreError(
                     f"Row {at} of {self.folder} is yet to be written. Run the command that writes the index again: it "
                     "goes on from what is there."
                 )
-            yield stored, at, min(end, stop)
-            at = end
+            yield stored, at, min(stored.stop, stop)
+            at = stored.stop
 
     def __len__(self) -> int:
         return self.rows

@@ -180,7 +180,7 @@ class Source:
         if self.rows is None:
             return self._next.start
         there = numbers_there(self._writer.folder).get(self._number, set())
-        return sum(shard.stop - shard.start for shard in self.shards if shard.number in there)
+        return sum(shard.rows for shard in self.shards if shard.number in there)
 
     def missing(self, rank: int = 0, world: int = 1) -> list[Shard]:
         """The shards that this process has yet to write: of each `world` shards, the one with number `rank`.
@@ -226,7 +226,7 @@ class Source:
 
     def _write(self, shard: Shard, rows: Tensor, samples: pa.Table) -> None:
         manifest = self._writer.manifest
-        expected = (shard.stop - shard.start, manifest.dim)
+        expected = (shard.rows, manifest.dim)
         where = f"Rows {shard.start} to {shard.stop} of source {self.name!r}"
         if not rows.is_floating_point() or tuple(rows.shape) != expected:
             raise StoreError(
