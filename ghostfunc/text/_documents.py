@@ -65,7 +65,7 @@ class Fields:
             )
         own = fields.get("id")
         called = str(own) if isinstance(own, str | int) and not isinstance(own, bool) else name
-        return Document(_writable(text), _writable(self._domain(fields, where)), _writable(called))
+        return Document(writable(text), writable(self._domain(fields, where)), writable(called))
 
     def _domain(self, fields: dict[str, Any], where: str) -> str:
         if self.domain is not None:
@@ -90,7 +90,8 @@ def _paths(fields: dict[str, Any], outer: str = "") -> Iterator[str]:
         yield from _paths(value, f"{outer}{key}.") if isinstance(value, dict) and value else [repr(f"{outer}{key}")]
 
 
-def _writable(text: str) -> str:
+def writable(text: str) -> str:
+    """A text with `?` in place of lone surrogates, which UTF-8 cannot hold."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

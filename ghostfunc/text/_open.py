@@ -9,7 +9,7 @@ from typing import Any
 from ghostfunc.text._corpus import Corpus
 from ghostfunc.text._documents import JSON_LINES, Document, Fields, read_json_lines, read_parquet, read_text
 from ghostfunc.text._layout import SPLITS
-from ghostfunc.text._text_corpus import TextCorpus
+from ghostfunc.text._text_corpus import FORMAT, TextCorpus
 from ghostfunc.text._token_corpus import TokenCorpus
 from ghostfunc.text._tokenizers import load_tokenizer, tokenizer_fingerprint
 
@@ -59,7 +59,7 @@ def open_corpus(
     kind, files = _files(path)
     if tokenizer is None:
         raise ValueError(f"{path} holds text: give open_corpus a tokenizer, from load_tokenizer")
-    settings = [block_size, text_field, domain_field, document, limit]
+    settings = [FORMAT, block_size, text_field, domain_field, document, limit]
     return TextCorpus(
         _documents(path, kind, files, Fields(text_field, domain_field)),
         tokenizer=tokenizer,

@@ -11,13 +11,13 @@ import numpy as np
 
 from ghostfunc._parquet import import_pyarrow
 from ghostfunc.text._corpus import Corpus
-from ghostfunc.text._documents import UNKNOWN_DOMAIN, Document
-from ghostfunc.text._token_arrays import DOCUMENT, SAMPLE, ArrayWriter, TokenArrays, read_arrays
-from ghostfunc.text._tokenizers import encoder, tokenizer_fingerprint
+from ghostfunc.text._documents import UNKNOWN_DOMAIN, Document, writable
+from ghostfunc.text._token_arrays import DOCUMENT, SAMPLE, ArrayWriter, TokenArrays, only_process, read_arrays
+from ghostfunc.text._tokenizers import encoder, fingerprint_of
 
 DOCUMENT_MODES = ("split", "truncate")
 _AT_ONCE = 64  # documents given to the tokenizer together
-_FORMAT = "ghostfunc text samples 1"
+FORMAT = "ghostfunc text samples 1"
 
 
 class TextCorpus(Corpus):
@@ -61,10 +61,12 @@ class TextCorpus(Corpus):
         _check_options(block_size, document, limit)
         self.name = name
         self.block_size = block_size
-        arrays = None if cache is None else read_arrays(cache)
-        if arrays is None:
-            cutter = _Cutter(tokenizer, block_size, document)
-            arrays = _write(documents, cutter, limit, cache, name)
+        cutter = _Cutter(tokenizer, block_size, document)
+        if cache is None:
+            arrays = _write(documents, cutter, limit, None, name)
+        else:
+            with only_process(cache):
+                arrays = read_arrays(cache) or _write(documents, cutter, limit, cache, name)
         self._arrays = arrays
         self.fingerprint = arrays.fingerprint
         self._first = np.append(arrays.samples["token"], arrays.ids.size)  # [N + 1] of each sample's tokens
@@ -97,7 +99,7 @@ class TextCorpus(Corpus):
         if domains is not None and len(domains) != len(texts):
             raise ValueError(f"{len(domains)} domains for {len(texts)} texts: give each text one")
         documents = [
-            Document(text, UNKNOWN_DOMAIN if domains is None else domains[i], f"{name}:{i}")
+            Document(writable(text), UNKNOWN_DOMAIN if domains is None else domains[i], f"{name}:{i}")
             for i, text in enumerate(texts)
         ]
         return cls(documents, tokenizer=tokenizer, block_size=block_size, name=name, document=document)
@@ -168,7 +170,7 @@ class _Cutter:
         self._encode = encoder(tokenizer.backend_tokenizer.to_str())
         self.block_size = block_size
         self.whole = document == "split"
-        self.settings = [_FORMAT, tokenizer_fingerprint(tokenizer), block_size, document]
+        self.settings = [FORMAT, fingerprint_of(self._encode), block_size, document]
 
     def __call__(self, documents: list[Document]) -> Iterator[tuple[Document, np.ndarray, np.ndarray]]:
         """Documents with their ids and where each token's own characters end, both `[T]`, T not 0."""

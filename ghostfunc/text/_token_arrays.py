@@ -1,9 +1,12 @@
 """A tokenized corpus as arrays: in memory, or as .npy files in a folder that is written once and then mapped."""
 
+import fcntl
 import io
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -49,11 +52,21 @@ class TokenArrays(NamedTuple):
     fingerprint: str
 
 
+@contextmanager
+def only_process(folder: Path) -> Iterator[None]:
+    """Let other processes that would write the same folder wait; a killed one lets the next go on."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 class ArrayWriter:
     """Arrays that grow; nothing of them is kept in memory where there is a folder.
 
     Args:
-        folder: where the files appear, all at once, when `finish` is called; None keeps them in memory.
+        folder: where the files appear, all at once, when `finish` is called; None keeps them in memory. One process
+            writes it at a time (`only_process`); what a killed one left is removed.
 
     Attributes:
         counts: how long each array is.
@@ -61,7 +74,7 @@ class ArrayWriter:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
-        self._draft = None if folder is None else folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        self._draft = None if folder is None else folder.with_name(f".{folder.name}.tmp")
         if self._draft is not None:
             shutil.rmtree(self._draft, ignore_errors=True)
             self._draft.mkdir(parents=True)
@@ -92,12 +105,7 @@ class ArrayWriter:
             os.fsync(file.fileno())
             file.close()
         sync_folder(self._draft)
-        try:
-            os.rename(self._draft, self._folder)
-        except OSError:
-            if read_arrays(self._folder) is None:
-                raise
-            self.discard()  # another process was first; its files are the same
+        os.rename(self._draft, self._folder)
         sync_folder(self._folder.parent)
         arrays = read_arrays(self._folder)
         assert arrays is not None
@@ -136,7 +144,7 @@ def read_arrays(folder: Path) -> TokenArrays | None:
         path = folder / f"{name}.npy"
         try:
             arrays[name] = _mapped(path)
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete {folder}, and it is written again") from error
         if arrays[name].dtype != dtype or arrays[name].ndim != 1:
             raise ValueError(f"{path} holds other data than a tokenized corpus: delete {folder}, or name another cache")

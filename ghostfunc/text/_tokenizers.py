@@ -32,8 +32,13 @@ def load_tokenizer(name: str | Path) -> Any:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A sha256 over everything that decides a fast tokenizer's ids."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    """A sha256 over everything that decides a fast tokenizer's ids; not its truncation, which a call may have set."""
+    return fingerprint_of(encoder(tokenizer.backend_tokenizer.to_str()))
+
+
+def fingerprint_of(encoder: Tokenizer) -> str:
+    """The `tokenizer_fingerprint` of a tokenizer that `encoder` made."""
+    return hashlib.sha256(encoder.to_str().encode()).hexdigest()
 
 
 def encoder(definition: str) -> Tokenizer:
