@@ -2,7 +2,7 @@
 
 import sys
 
-_EXTRA = {"rich", "typer", "yaml"}
+_EXTRA = {"jinja2", "pyarrow", "rich", "safetensors", "tokenizers", "typer", "yaml"}
 
 
 def main() -> None:

@@ -24,10 +24,11 @@ app = typer.Typer(
 )
 
 
-def _show_version(wanted: bool) -> None:
+def _show_version(wanted: bool) -> bool:
     if wanted:
         print(f"ghostfunc {version('ghostfunc')}")
         raise typer.Exit
+    return wanted
 
 
 def ghostfunc(

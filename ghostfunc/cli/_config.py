@@ -11,9 +11,11 @@ from collections.abc import Mapping, Set
 from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_args, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 import yaml
+
+Config = TypeVar("Config", bound="RunConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ class RunConfig:
     movable: ClassVar[frozenset[str]] = frozenset({"data", "model", "out", "tokenizer", "device", "token_budget"})
 
     @classmethod
-    def of(cls, flags: Mapping[str, Any], file: Path | None) -> Self:
+    def of(cls: type[Config], flags: Mapping[str, Any], file: Path | None) -> Config:
         """Settings from a file and flags.
 
         Args:
@@ -73,7 +75,7 @@ class RunConfig:
         settings.update({name: value for name, value in flags.items() if name in names and value is not None})
         missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in settings]
         if missing:
-            raise ValueError(f"{', '.join(map(as_flag, missing))} missing; see ghostfunc {cls.command} --help")
+            raise ValueError(f"missing: {', '.join(map(as_flag, missing))}, here or in the file of --config")
         return cls(**settings)
 
     @classmethod

@@ -58,7 +58,7 @@ def table(title: str, columns: Sequence[tuple[str, str]], rows: Sequence[Sequenc
     Returns:
         The table, to be printed on a console.
     """
-    made = Table(title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2))
+    made = Table(title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False, expand=True)
     for number, (heading, justify) in enumerate(columns, 1):
         last = number == len(columns)
         made.add_column(
@@ -90,7 +90,7 @@ def number(value: float) -> str:
     """A score with four significant digits and its sign.
 
     Example:
-        >>> number(0.0123456), number(-1234567.0)
-        ('+0.01235', '-1.235e+06')
+        >>> number(0.18), number(-1234567.0)
+        ('+0.1800', '-1.235e+06')
     """
-    return f"{value:+.4g}"
+    return f"{value:+#.4g}"

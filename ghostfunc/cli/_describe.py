@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ghostfunc.cli._console import one_line
-
-if TYPE_CHECKING:
-    from ghostfunc.index import Store
+from ghostfunc.index import Store
 
 _SHOWN = 12  # hexadecimal digits of a fingerprint
 
@@ -70,17 +68,18 @@ def _facts(described: dict[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
-def size(number: float) -> str:
+def size(count: int) -> str:
     """Bytes for people.
 
     Example:
         >>> size(999), size(1234567)
         ('999 bytes', '1.2 MB')
     """
-    if number < 1000:
-        return f"{number} bytes"
+    if count < 1000:
+        return f"{count} bytes"
+    shown = float(count)
     for unit in ("kB", "MB", "GB"):
-        number /= 1000
-        if number < 1000:
-            return f"{number:.1f} {unit}"
-    return f"{number / 1000:.1f} TB"
+        shown /= 1000
+        if shown < 1000:
+            return f"{shown:.1f} {unit}"
+    return f"{shown / 1000:.1f} TB"

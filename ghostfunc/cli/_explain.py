@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import torch
 import typer
+from torch import Tensor
 
+import ghostfunc as gf
+from ghostfunc._explain import Plan
 from ghostfunc.cli import _options as options
 from ghostfunc.cli._console import print_json, stdout_is_for_results
 from ghostfunc.cli._describe import describe, print_description
 from ghostfunc.cli._failures import ends_well
 from ghostfunc.cli._library import Opened, open_model, to_device, tokenizer_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ghostfunc._explain import Plan
+from ghostfunc.index import Store
+from ghostfunc.text import open_corpus
 
 
 class _Settings(NamedTuple):
@@ -65,8 +66,6 @@ def explain(
         ghostfunc explain my-index --json
     """
     if (Path(target) / "manifest.json").exists():
-        from ghostfunc.index import Store
-
         described = describe(Store(target))
         return print_json(described) if json else print_description(described)
     with stdout_is_for_results():
@@ -79,16 +78,12 @@ def explain(
 
 
 def _plan(settings: _Settings) -> Plan:
-    import ghostfunc as gf
-
     opened = open_model(settings.model, dtype=settings.model_dtype, device=settings.device)
     batch = _random_batch(opened, settings) if settings.data is None else _first_batch(opened, settings)
     return gf.explain(opened.model_fn, opened.params, to_device(batch, opened.device), layers=settings.layers)
 
 
 def _random_batch(opened: Opened, settings: _Settings) -> dict[str, Tensor]:
-    import torch
-
     positions = getattr(opened.model.module.config, "max_position_embeddings", None)
     longest = min(settings.block_size, positions or settings.block_size)
     seeded = torch.Generator().manual_seed(0)
@@ -97,8 +92,6 @@ def _random_batch(opened: Opened, settings: _Settings) -> dict[str, Tensor]:
 
 
 def _first_batch(opened: Opened, settings: _Settings) -> dict[str, Tensor]:
-    from ghostfunc.text import open_corpus
-
     corpus = open_corpus(
         str(settings.data),
         tokenizer=tokenizer_of(opened, settings.tokenizer),

@@ -15,7 +15,10 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import torch
 import typer
+
+from ghostfunc._errors import UnsupportedUse
 
 TRACEBACK = "GHOSTFUNC_TRACEBACK"
 _WRONG_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
@@ -59,8 +62,6 @@ def ends_well(*, resumable: bool) -> Callable[[Callable[..., None]], Callable[..
 
 def _status(error: Exception) -> int | None:
     """The exit status of an error; None for one that is a fault of the program and wants a traceback."""
-    from ghostfunc._errors import UnsupportedUse
-
     system = error if isinstance(error, OSError) else error.__cause__
     if isinstance(system, OSError) and system.errno is not None:
         return 2 if system.errno in _WRONG_PATH else 1
@@ -72,8 +73,6 @@ def _status(error: Exception) -> int | None:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    import torch
-
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 

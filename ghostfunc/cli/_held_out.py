@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow
 
 from ghostfunc.cli._library import open_data
+from ghostfunc.cli._open_index import Index
 from ghostfunc.text import Corpus
-
-if TYPE_CHECKING:
-    from ghostfunc.cli._open_index import Index
 
 
 class Selection(Corpus):
@@ -44,8 +43,6 @@ class Selection(Corpus):
 
     def samples(self, start: int, stop: int) -> Any:
         """What is known about the samples from `start` to before `stop`, as a `pyarrow.Table`."""
-        import pyarrow
-
         tables = [self._corpus.samples(i, i + 1) for i in self._chosen[start:stop]]
         return pyarrow.concat_tables(tables or [self._corpus.samples(0, 0)])
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
 from ghostfunc.cli._console import number, one_line, table
-
-if TYPE_CHECKING:
-    from ghostfunc.index import Hits, Store
-    from ghostfunc.text import Corpus
+from ghostfunc.index import Hits, Store
+from ghostfunc.text import Corpus
 
 HELPS = "A positive score: a gradient step on the sample lowers the query's loss."
 _COLUMNS = (

@@ -15,6 +15,7 @@ from ghostfunc.cli._failures import ends_well
 from ghostfunc.cli._library import open_data, open_model, projection_of
 from ghostfunc.cli._progress import progress
 from ghostfunc.cli._run_files import file_of, run_file, run_files, save
+from ghostfunc.index import Store, build_index
 
 _PROJECTION = options.PROJECTION
 
@@ -87,6 +88,7 @@ def index(
         ghostfunc index --config my-index/run.yaml
     """
     given = dict(locals())
+    options.check_share(process, processes)
     if append and config is None and out is not None and run_file(Path(out)).exists():
         settings = replace(IndexConfig.of(given, run_file(Path(out))), limit=limit)
     else:
@@ -95,8 +97,6 @@ def index(
     with stdout_is_for_results():
         file = file_of(settings)
         tokens = _build(settings, file, process, processes)
-    from ghostfunc.index import Store
-
     store = Store(settings.out)
     seconds = time.monotonic() - began
     if json:
@@ -115,8 +115,6 @@ def _build(settings: IndexConfig, file: Path, process: int, processes: int) -> i
     Returns:
         How many tokens this run computed.
     """
-    from ghostfunc.index import build_index
-
     opened = open_model(settings.model, dtype=settings.model_dtype, device=settings.device)
     corpus = open_data(settings.data, settings, opened, limit=settings.limit)
     projection = projection_of(settings, opened, corpus, begun=bool(run_files(Path(settings.out))))

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+import ghostfunc as gf
+from ghostfunc import KroneckerProjection
 from ghostfunc.cli._config import IndexConfig, RunConfig
 from ghostfunc.cli._console import say
+from ghostfunc.index import Model, load_model
+from ghostfunc.index._build import PROJECTION_FILE
+from ghostfunc.text import Corpus, load_tokenizer, open_corpus
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from ghostfunc import KroneckerProjection
-    from ghostfunc.index import Model
-    from ghostfunc.text import Corpus
-
-PROJECTION_FILE = "projection.safetensors"
 _MODEL_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _PCA_SAMPLES = 64  # whose gradients' principal directions "pca" takes
 
@@ -48,9 +47,6 @@ def open_model(name: str, *, dtype: str, device: str) -> Opened:
         ValueError: if the dtype or the device is unknown, or it is no causal language model.
         OSError: if there is no such model.
     """
-    import ghostfunc as gf
-    from ghostfunc.index import load_model
-
     model = load_model(name, dtype=_dtype(dtype), device=_device(device))
     if not model.trained:
         say(f"{name} has no trained weights: they are random numbers, and scores say nothing about a trained model")
@@ -59,8 +55,6 @@ def open_model(name: str, *, dtype: str, device: str) -> Opened:
 
 def tokenizer_of(opened: Opened, name: str | None) -> Any:
     """The tokenizer of that name, or the model's own; None if it has none."""
-    from ghostfunc.text import load_tokenizer
-
     return opened.model.tokenizer if name is None else load_tokenizer(name)
 
 
@@ -71,8 +65,6 @@ def open_data(path: str, config: RunConfig, opened: Opened, *, limit: int | None
         ValueError: if it is text and there is no tokenizer, or if an id is none of the model's; as `open_corpus`.
         FileNotFoundError: as `open_corpus`.
     """
-    from ghostfunc.text import open_corpus
-
     tokenizer = tokenizer_of(opened, config.tokenizer)
     if tokenizer is None and not any(Path(path).glob("*.bin")):
         raise ValueError(f"{opened.model.name} comes without a tokenizer: name one with --tokenizer")
@@ -97,8 +89,6 @@ def projection_of(config: IndexConfig, opened: Opened, corpus: Corpus, *, begun:
         corpus: whose gradients it is for.
         begun: whether `config.out` is an index of these settings, which has it.
     """
-    import ghostfunc as gf
-
     saved = Path(config.out) / PROJECTION_FILE
     if begun and saved.exists():
         return gf.KroneckerProjection.load(saved, opened.device)
@@ -124,8 +114,6 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
 
 
 def _dtype(name: str) -> torch.dtype:
-    import torch
-
     if name not in _MODEL_DTYPES:
         raise ValueError(f"--model-dtype {name} is none of {', '.join(_MODEL_DTYPES)}")
     return getattr(torch, name)
@@ -133,8 +121,6 @@ def _dtype(name: str) -> torch.dtype:
 
 def _device(name: str) -> str:
     """The device to run on; "auto" gives each process of torchrun a GPU of its own, where there are any."""
-    import torch
-
     if name == "auto":
         local = int(os.environ.get("LOCAL_RANK", 0))
         return f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"

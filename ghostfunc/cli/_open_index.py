@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+import ghostfunc as gf
+from ghostfunc import KroneckerProjection
 from ghostfunc.cli._config import IndexConfig
-from ghostfunc.cli._library import PROJECTION_FILE, Opened, open_data, open_model, tokenizer_of
+from ghostfunc.cli._library import Opened, open_data, open_model, tokenizer_of
 from ghostfunc.cli._run_files import run_files
-
-if TYPE_CHECKING:
-    from ghostfunc import KroneckerProjection
-    from ghostfunc.index import Store
-    from ghostfunc.text import Corpus
+from ghostfunc.index import Store
+from ghostfunc.index._build import PROJECTION_FILE
+from ghostfunc.index._manifest import read_sources
+from ghostfunc.text import Corpus, TextCorpus
 
 
 class Index(NamedTuple):
@@ -46,9 +47,6 @@ def open_index(folder: str, *, model: str | None, device: str) -> Index:
     Raises:
         ValueError: if the folder holds no complete index of `ghostfunc index`, or if the model is another one.
     """
-    import ghostfunc as gf
-    from ghostfunc.index import Store
-
     store = Store(folder)
     files = run_files(store.folder)
     if not files or not (store.folder / PROJECTION_FILE).exists():
@@ -78,8 +76,6 @@ def open_queries(index: Index, prompts: Sequence[str], file: str | None) -> Corp
     Raises:
         ValueError: if there are neither or both.
     """
-    from ghostfunc.text import TextCorpus
-
     if bool(prompts) == (file is not None):
         raise ValueError("name the queries: prompts, or a file of them with --file")
     config = index.configs[0]
@@ -127,6 +123,4 @@ def open_corpora(index: Index, elsewhere: Sequence[str]) -> tuple[dict[str, Corp
 
 def source_names(store: Store) -> dict[str, str]:
     """The names of a store's sources by their fingerprints."""
-    from ghostfunc.index._manifest import read_sources
-
     return {source.fingerprint: source.name for source in read_sources(store.folder)}

@@ -117,3 +117,9 @@ MovedData = Annotated[
     option(DATA, "Where data of the index is, if it has moved; for the text.", "--data", metavar="DATA"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; everything else goes to stderr.")]
+
+
+def check_share(process: int, processes: int) -> None:
+    """Refuse a process's number that is none of theirs."""
+    if process >= processes:
+        raise ValueError(f"--rank-of {process} is none of {processes} processes (--world-size), which count from 0")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ghostfunc.index import Store
+from ghostfunc.index import Store, inverse_gram
 
 INVERSE_GRAM = "inverse-gram"
 
@@ -18,8 +17,6 @@ def check_precondition(name: str | None) -> None:
 
 def preconditioner(store: Store, name: str | None, damping: float) -> Any:
     """The function of queries of that name; None for none."""
-    from ghostfunc.index import inverse_gram
-
     return inverse_gram(store, damping=damping) if name else None
 
 

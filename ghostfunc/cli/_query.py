@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
+
+from torch import Tensor
 
 from ghostfunc.cli import _options as options
 from ghostfunc.cli._console import one_line, print_json, results, say, stdout_is_for_results
@@ -11,12 +13,8 @@ from ghostfunc.cli._hits import HELPS, Sample, hit_table, listed, samples_of
 from ghostfunc.cli._open_index import Index, open_corpora, open_index, open_queries
 from ghostfunc.cli._precondition import check_precondition, preconditioner
 from ghostfunc.cli._progress import progress
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ghostfunc.index import Hits, Store
-    from ghostfunc.text import Corpus
+from ghostfunc.index import Hits, Store, faiss_search, project_queries, rows_of_domain, search, search_layers
+from ghostfunc.text import Corpus
 
 EACH = "each"
 
@@ -101,8 +99,6 @@ def query(
 
 def _project(index: Index, queries: Any) -> tuple[Tensor, Tensor]:
     """The projected gradients of queries `[Q, dim]`, and their losses `[Q]`."""
-    from ghostfunc.index import project_queries
-
     budget = index.configs[0].token_budget
     with progress("queries", "queries") as report:
         return project_queries(
@@ -114,8 +110,6 @@ def _search(
     store: Store, rows: Tensor, k: int, layers: str, domains: list[str], how: dict, *, least: bool, faiss: bool
 ) -> dict[str, Hits]:
     """The hits of all queries by layer; "" is the name of all layers together."""
-    from ghostfunc.index import faiss_search, rows_of_domain, search, search_layers
-
     if faiss:
         refused = [flag for flag, given in (("--layers", layers), ("--domain", domains), ("--least", least)) if given]
         if refused:

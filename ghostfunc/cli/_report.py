@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from ghostfunc.cli import _options as options
 from ghostfunc.cli._console import print_json, say, stdout_is_for_results
 from ghostfunc.cli._describe import size
 from ghostfunc.cli._failures import ends_well
+from ghostfunc.cli._held_out import held_out_samples
 from ghostfunc.cli._open_index import Index, open_corpora, open_index, open_queries
 from ghostfunc.cli._precondition import check_precondition, in_words, preconditioner
-
-if TYPE_CHECKING:
-    from ghostfunc.text import Corpus
+from ghostfunc.text import Corpus
 
 
 @ends_well(resumable=False)
@@ -95,6 +94,4 @@ def _queries(index: Index, prompts: list[str], file: str | None, held_out: int |
         return open_queries(index, prompts, file)
     if prompts or file is not None:
         raise ValueError("--held-out takes the queries from the data: leave prompts and --file away")
-    from ghostfunc.cli._held_out import held_out_samples
-
     return held_out_samples(index, held_out)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
+
+import torch
 
 from ghostfunc.cli import _options as options
 from ghostfunc.cli._config import ScoreConfig
@@ -14,10 +16,8 @@ from ghostfunc.cli._hits import HELPS, hit_table, listed, samples_of
 from ghostfunc.cli._library import open_data, open_model
 from ghostfunc.cli._progress import progress
 from ghostfunc.cli._run_files import file_of, save
-
-if TYPE_CHECKING:
-    from ghostfunc.index import Store
-    from ghostfunc.text import Corpus
+from ghostfunc.index import Store, score_corpus, search
+from ghostfunc.text import Corpus
 
 
 @ends_well(resumable=True)
@@ -73,6 +73,7 @@ def score(
         ghostfunc score --config scores/run.yaml -k 50 --json
     """
     settings = ScoreConfig.of(locals(), config)
+    options.check_share(process, processes)
     began = time.monotonic()
     with stdout_is_for_results():
         store, corpus, queries, tokens = _score(settings, process, processes)
@@ -98,8 +99,6 @@ def _score(settings: ScoreConfig, process: int, processes: int) -> tuple[Store, 
     Returns:
         The scores, the data, the queries, and how many tokens this run computed.
     """
-    from ghostfunc.index import score_corpus
-
     file = file_of(settings)
     opened = open_model(settings.model, dtype=settings.model_dtype, device=settings.device)
     corpus = open_data(settings.data, settings, opened, limit=settings.limit)
@@ -133,10 +132,6 @@ def _score(settings: ScoreConfig, process: int, processes: int) -> tuple[Store, 
 
 def _found(store: Store, corpus: Corpus, queries: Corpus, k: int) -> list[dict[str, Any]]:
     """Each query with its best samples, as JSON."""
-    import torch
-
-    from ghostfunc.index import search
-
     hits = search(store, torch.eye(store.dim), k)  # a column of the scores is its product with a unit vector
     samples = samples_of(store, {corpus.name: corpus}, [hits])
     return [

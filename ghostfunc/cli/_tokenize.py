@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ghostfunc import text
 from ghostfunc.cli import _options as options
 from ghostfunc.cli._console import say
 from ghostfunc.cli._failures import ends_well
@@ -55,8 +56,6 @@ def tokenize(
         ghostfunc tokenize pile/ --output_dir tokens --num_proc 8 --max_tokens 1000000
         ghostfunc index tokens --model gpt2 --out my-index
     """
-    from ghostfunc import text
-
     loaded = text.load_tokenizer(tokenizer)
     sources = text.open_sources(source, say)
     size = sum(each.size for each in sources)
