@@ -126,6 +126,19 @@ def test_two_killed_writers_are_followed_by_three(place: Path, starter: Forks) -
     assert content(folder) == content(place / "one")
 
 
+def test_the_same_writer_twice_at_once(place: Path, starter: Forks) -> None:
+    """A mistake that is told, unless it does no harm; neither process damages what the other has written."""
+    rows = 80
+    write_index(place / "one", rows)
+    for attempt in range(5):
+        folder = place / f"twice {attempt}"
+        pids = [starter.start(folder, rows) for _ in range(2)]
+        assert {starter.wait(pid) for pid in pids} <= {0, 1}
+        Store(folder).verify()
+        assert starter.wait(starter.start(folder, rows)) == 0
+        assert content(folder) == content(place / "one")
+
+
 def test_what_the_writers_write(place: Path) -> None:
     """The comparisons above are of something: int8 rows near those that were given, source after source."""
     write_index(place, 20)

@@ -11,7 +11,9 @@ import pytest
 import torch
 from store_processes import content
 
-from ghostfunc.index import Shard, Source, Store, StoreError, StoreWriter
+from ghostfunc import _parquet
+from ghostfunc.index import Shard, Source, Store, StoreError, StoreWriter, _writer
+from ghostfunc.index._manifest import SourceFile, create_source
 
 DIM = 6
 ARGUMENTS = {
@@ -185,6 +187,14 @@ def test_a_foreign_shard_is_refused(field: str, value: str | int, what: str, fol
             use()
 
 
+@pytest.mark.parametrize("files", [None, {}, {".safetensors": {"bytes": 1}}, {".safetensors": 3}])
+def test_a_shard_without_checksums_is_refused(files: dict | None, folder: Path) -> None:
+    path = folder / "shards/0000-000001.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"files": files}))
+    with pytest.raises(StoreError, match=r"0000-000001.json is damaged: it has no checksum of its .safetensors"):
+        Store(folder).verify()
+
+
 def test_a_shard_of_another_folder_is_refused(folder: Path, tmp_path: Path) -> None:
     fill(data_of(begin(tmp_path / "other", settings={"token_budget": 1})))
     for path in (tmp_path / "other/shards").glob("0000-000001.*"):
@@ -353,4 +363,32 @@ def test_two_processes_at_the_same_shard_are_told(tmp_path: Path) -> None:
     other.write_bytes(b"being written")
     with pytest.raises(StoreError, match=r"Another process writes .*0000-000000.parquet too .* its own rank"):
         source.write(shard, rows_of(shard), samples_of(shard))
-    assert content(tmp_path / "shards") == {other.name: b"being written"}
+    assert other.read_bytes() == b"being written"
+    assert fill(data_of(begin(tmp_path))) == [0, 1, 2]  # as after a kill: it is a leftover now
+
+
+def test_a_temporary_file_that_another_process_removes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = data_of(begin(tmp_path))
+    shard = source.missing()[0]
+
+    def started_again(_: int) -> None:
+        assert data_of(begin(tmp_path)).missing() == source.shards
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_parquet.os, "fsync", started_again)
+        with pytest.raises(StoreError, match=r"Another process writes .*0000-000000.safetensors too"):
+            source.write(shard, rows_of(shard), samples_of(shard))
+    assert fill(data_of(begin(tmp_path))) == [0, 1, 2]
+
+
+def test_two_sources_appended_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process takes the next number for its own source, between our looking and our writing."""
+
+    def raced(where: Path, number: int, source: SourceFile) -> None:
+        monkeypatch.undo()
+        begin(folder).source("theirs", fingerprint="d3", rows=3, append=True)
+        create_source(where, number, source)
+
+    monkeypatch.setattr(_writer, "create_source", raced)
+    begin(folder).source("ours", fingerprint="d2", rows=2, append=True)
+    assert Store(folder).sources == {"data": range(12), "theirs": range(12, 15), "ours": range(15, 17)}

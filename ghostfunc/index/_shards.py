@@ -105,6 +105,8 @@ class ShardFiles:
         try:
             for suffix, content in [*contents.items(), (".json", record)]:
                 self._write_file(suffix, content)
+        except StoreError:  # what another process is writing is its own
+            raise
         except BaseException:
             if not self.exists:
                 self._remove(contents)
@@ -142,9 +144,10 @@ class ShardFiles:
                 what = {"index": "another index", "source": "other data"}.get(name, "other rows")
                 return f"{self.record} is foreign: it is of {what} ({name} {record.get(name)!r}, not {expected!r})"
         files = record.get("files")
-        if not isinstance(files, dict) or set(files) != {".safetensors", ".parquet"}:
-            return f"{self.record} is damaged: it does not name its files"
-        for suffix, expected in files.items():
+        for suffix in (".safetensors", ".parquet"):
+            expected = files.get(suffix) if isinstance(files, dict) else None
+            if not isinstance(expected, dict) or expected.keys() != {"bytes", "sha256"}:
+                return f"{self.record} is damaged: it has no checksum of its {suffix}"
             path = self.path(suffix)
             if not path.exists():
                 return f"{path} is missing"

@@ -140,11 +140,12 @@ class Store:
         if not 0 <= start <= stop <= self.rows:
             raise StoreError(f"Rows {start} to {stop} are asked for, and {self.folder} has rows 0 to {self.rows}.")
         wanted = self._columns(columns)
-        pieces = [torch.empty(0, wanted.stop - wanted.start)]
+        rows = torch.empty(stop - start, wanted.stop - wanted.start)
         for shard, first, last in self._spans(start, stop):
             self._check(shard, checksums=True)
-            pieces.append(shard.files.read(first - shard.start, last - shard.start, wanted, self.slices))
-        return torch.cat(pieces)
+            read = shard.files.read(first - shard.start, last - shard.start, wanted, self.slices)
+            rows[first - start : last - start] = read
+        return rows
 
     def stream(
         self, *, columns: slice | None = None, rows_at_a_time: int | None = None, check: bool = True

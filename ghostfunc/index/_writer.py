@@ -90,8 +90,8 @@ class StoreWriter:
         manifest = Manifest.of(
             dim=dim, dtype=dtype, slices=parts, model=model or {}, projection=projection or {}, settings=settings or {}
         )
-        self.folder.mkdir(parents=True, exist_ok=True)
         with explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
             self.manifest = settle_manifest(self.folder, manifest)
             (self.folder / SHARDS).mkdir(exist_ok=True)
 
@@ -285,9 +285,10 @@ def explained(folder: Path) -> Iterator[None]:
         reason = full_disk(error)
         if reason is None:
             raise
+        place = next(path for path in (folder, *folder.parents) if path.exists())
         good = sum(len(numbers) for numbers in numbers_there(folder).values())
         raise StoreError(
             f"{error.filename or folder} cannot be written: {reason} ({error.strerror}; "
-            f"{shutil.disk_usage(folder).free:,} bytes are free). The {good} shards that are there stay good. "
+            f"{shutil.disk_usage(place).free:,} bytes are free). The {good} shards that are there stay good. "
             "Make room and run the same command again: it goes on from them."
         ) from error
