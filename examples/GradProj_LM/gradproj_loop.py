@@ -47,6 +47,12 @@ class Run:
     model: PreTrainedModel
 
 
+def autocast_of(run: Run) -> torch.autocast:
+    """The context of the forward passes."""
+    train_dtype = DTYPES[run.options.train_dtype]
+    return torch.autocast(run.device.type, train_dtype, enabled=train_dtype != run.model.dtype)
+
+
 class Projector:
     """Projects a run from where its folder says it was.
 
@@ -61,8 +67,7 @@ class Projector:
     def __init__(self, run: Run) -> None:
         options = run.options
         self.run = run
-        train_dtype = DTYPES[options.train_dtype]
-        self.autocast = torch.autocast(run.device.type, train_dtype, enabled=train_dtype != run.model.dtype)
+        self.autocast = autocast_of(run)
         self.engine = gf.GradProjEngine(
             run.model,
             proj_layers=options.proj_layers,

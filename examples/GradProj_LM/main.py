@@ -6,6 +6,7 @@ Run again with the same options, it continues where it stopped.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -173,6 +174,17 @@ def set_up(options: argparse.Namespace) -> Run:
         print("The weights are untrained: these gradients say nothing of a trained model. Name one with --checkpoint.")
     model.to(device)  # type: ignore[arg-type] # transformers' decorator hides the signature
     return Run(options, configuration, folder, device, corpus, samples, model)
+
+
+def reopen(folder: Path) -> Projector:
+    """A run that `main` made, with its model and its data.
+
+    Raises:
+        OSError: if it is none, or its data or its checkpoint are gone.
+        ValueError: if its model or its data are others now, or it is damaged.
+    """
+    recorded = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return Projector(set_up(argparse.Namespace(**{**recorded, "output_dir": str(folder)})))
 
 
 def _load(options: argparse.Namespace, vocabulary: DataVocabulary | None) -> tuple[PreTrainedModel, bool]:
