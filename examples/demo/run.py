@@ -1,4 +1,4 @@
-"""`make demo`: build a corpus, tokenize it, train a small GPT-2 with gradient dot products, and report what they say.
+"""`make demo`: build a corpus, train a small GPT-2 with gradient dot products, report them, and index the corpus.
 
     python examples/demo/run.py
 
@@ -12,8 +12,10 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from demo import report
 from ghostfunc.dotlog import read_dot_log
+from ghostfunc.text import Document, open_sources
 from GradDotProd_LM.main import main as train
 from shared.dataloader import TokenCorpus
 from shared.domain_list import domain_file
@@ -31,6 +34,7 @@ from shared.utils import write_whole
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DEMO = CHECKOUT / "demo"
+COMMAND = Path(sys.executable).with_name("ghostfunc")
 VAL_DOMAIN = "code"
 PASSAGES = 5
 TRAINING = {
@@ -45,6 +49,10 @@ TRAINING = {
     "eval_iter": 2,
 }
 PLAIN_STEP_EVERY = 10
+PASSAGE_CHARACTERS = 700  # of each document, so that every domain has about as many samples in the index
+INDEXED = 800
+INDEX_OPTIONS = ["--block-size", "64", "--layers", "attn,mlp", "--rank", "256", "--dtype", "bfloat16"]
+HELD_OUT = 10
 
 
 def main() -> None:
@@ -53,10 +61,11 @@ def main() -> None:
     data = prepare_data()
     options = [*training_options(data), "--results_dir", _shown(DEMO / "results")]
     options += ["--interleave_plain", str(PLAIN_STEP_EVERY)]
-    with _stage("examples/GradDotProd_LM/main.py", options):
+    with _stage(["python", _shown(CHECKOUT / "examples/GradDotProd_LM/main.py"), *options]):
         run = train(options)
     print("\n== Report")
     print(make_report(run, data, DEMO))
+    index_passages(run)
     print(f"\nAll of this took {time.monotonic() - start:.0f} s.")
 
 
@@ -70,6 +79,30 @@ def prepare_data() -> Path:
         tokenizer = "examples/shared/data_processing/tokenize_pile_by_domain.py"
         _run(tokenizer, ["--input", _shown(corpus), "--output_dir", _shown(data)])
     return data
+
+
+def index_passages(run: Path) -> None:
+    """Index passages of all domains by the trained model, and write a page about queries that are not among them."""
+    passages, index, page = DEMO / "passages.jsonl", DEMO / "index", DEMO / "index.html"
+    (source,) = open_sources(str(DEMO / "corpus"))
+    documents = [document for batch in source.batches(None, 64) for document in batch.documents]
+    write_whole(passages, "".join(json.dumps(record) + "\n" for record in in_turn(documents)))
+    options = [_shown(passages), "--model", _shown(run), "--out", _shown(index), "--limit", str(INDEXED)]
+    _ghostfunc("index", [*options, *INDEX_OPTIONS])
+    _ghostfunc("report", [_shown(index), "--held-out", str(HELD_OUT), "--out", _shown(page)])
+    print(f"\nThe page about the index: {_shown(page)}\nAsk it yourself:")
+    print(f"  {_shown(COMMAND)} query {_shown(index)} 'def main():' -k 3")
+
+
+def in_turn(documents: Sequence[Document]) -> Iterator[dict[str, str]]:
+    """The beginnings of documents, one of each domain after the other."""
+    of_domain: dict[str, list[Document]] = defaultdict(list)
+    for document in documents:
+        of_domain[document.domain].append(document)
+    for turn in zip_longest(*of_domain.values()):
+        for document in turn:
+            if document is not None:
+                yield {"text": document.text[:PASSAGE_CHARACTERS], "domain": document.domain}
 
 
 def training_options(data: Path) -> list[str]:
@@ -185,16 +218,23 @@ def describe_cost(timing: dict[str, Any], config: dict[str, Any]) -> list[str]:
 
 
 def _run(script: str, options: Sequence[str]) -> None:
-    with _stage(script, options):
+    with _stage(["python", _shown(CHECKOUT / script), *options]):
         ended = subprocess.run([sys.executable, CHECKOUT / script, *options], check=False)
     if ended.returncode:
         sys.exit(f"the demo stops here: {script} failed (exit status {ended.returncode}); its message is above")
 
 
+def _ghostfunc(command: str, options: Sequence[str]) -> None:
+    with _stage([_shown(COMMAND), command, *options]):
+        ended = subprocess.run([COMMAND, command, *options], check=False)
+    if ended.returncode:
+        sys.exit(f"the demo stops here: ghostfunc {command} failed (exit status {ended.returncode}); see above")
+
+
 @contextmanager
-def _stage(script: str, options: Sequence[str]) -> Iterator[None]:
+def _stage(command: Sequence[str]) -> Iterator[None]:
     """Show the command that does the same as the block, then how long it took."""
-    print(f"\n== python {shlex.join([_shown(CHECKOUT / script), *options])}", flush=True)
+    print(f"\n== {shlex.join(command)}", flush=True)
     start = time.monotonic()
     yield
     print(f"({time.monotonic() - start:.0f} s)", flush=True)
