@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from demo import report, run
 from ghostfunc.dotlog import DotLog
+from ghostfunc.text import Document
 from GradDotProd_LM.main import build_parser, parse
 
 WORDS = [f"w{i}" for i in range(30)] + ["<script>"]
@@ -96,6 +97,21 @@ def test_training_options_are_those_of_the_language_model_example(data, monkeypa
     assert options.method == "GradDotProd" and options.val_set == run.VAL_DOMAIN
     assert {name: getattr(options, name) for name in run.TRAINING} == run.TRAINING
     assert options.train_set == options.data_dir == "data"
+
+
+def test_passages_are_of_all_domains_in_turn_and_queries_are_none_of_them():
+    texts = {"code": [f"c{i}" for i in range(5)], "prose": [f"p{i} " * 400 for i in range(3)]}
+    documents = [Document(text, domain, "") for domain, of in texts.items() for text in of]
+    passages, queries = run.split_passages(documents)
+    assert [p["domain"] for p in passages] == ["code", "prose", "code", "code"]
+    assert [p["text"][:2] for p in passages] == ["c0", "p0", "c1", "c2"]
+    assert [q["text"][:2] for q in queries] == ["c3", "c4", "p1", "p2"]
+    assert len(passages[1]["text"]) == run.PASSAGE_CHARACTERS and len(queries[2]["text"]) == run.QUERY_CHARACTERS
+
+
+def test_a_failed_command_stops_the_demo():
+    with pytest.raises(SystemExit, match=r"ghostfunc index failed \(exit status 2\)"):
+        run._ghostfunc("index", ["--no-such-flag"])
 
 
 def test_a_failed_stage_stops_the_demo_and_names_the_script():

@@ -52,7 +52,7 @@ PLAIN_STEP_EVERY = 10
 PASSAGE_CHARACTERS = 700  # of each document, so that every domain has about as many samples in the index
 INDEXED = 800
 INDEX_OPTIONS = ["--block-size", "64", "--layers", "attn,mlp", "--rank", "256", "--dtype", "bfloat16"]
-HELD_OUT = 10
+HELD_OUT, QUERY_CHARACTERS = 2, 150  # documents of each domain that are queries, and what of each
 
 
 def main() -> None:
@@ -83,26 +83,37 @@ def prepare_data() -> Path:
 
 def index_passages(run: Path) -> None:
     """Index passages of all domains by the trained model, and write a page about queries that are not among them."""
-    passages, index, page = DEMO / "passages.jsonl", DEMO / "index", DEMO / "index.html"
+    passages, queries = DEMO / "passages.jsonl", DEMO / "queries.jsonl"
+    index, page = DEMO / "index", DEMO / "index.html"
     (source,) = open_sources(str(DEMO / "corpus"))
     documents = [document for batch in source.batches(None, 64) for document in batch.documents]
-    write_whole(passages, "".join(json.dumps(record) + "\n" for record in in_turn(documents)))
+    for path, records in zip((passages, queries), split_passages(documents), strict=True):
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
     options = [_shown(passages), "--model", _shown(run), "--out", _shown(index), "--limit", str(INDEXED)]
     _ghostfunc("index", [*options, *INDEX_OPTIONS])
-    _ghostfunc("report", [_shown(index), "--held-out", str(HELD_OUT), "--out", _shown(page)])
+    _ghostfunc("report", [_shown(index), "--file", _shown(queries), "--metric", "cosine", "--out", _shown(page)])
     print(f"\nThe page about the index: {_shown(page)}\nAsk it yourself:")
     print(f"  {_shown(COMMAND)} query {_shown(index)} 'def main():' -k 3")
 
 
-def in_turn(documents: Sequence[Document]) -> Iterator[dict[str, str]]:
-    """The beginnings of documents, one of each domain after the other."""
-    of_domain: dict[str, list[Document]] = defaultdict(list)
+def split_passages(documents: Sequence[Document]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The beginnings of documents as records: one of each domain after the other, and a few of each as queries."""
+    of_domain: dict[str, list[str]] = defaultdict(list)
     for document in documents:
-        of_domain[document.domain].append(document)
-    for turn in zip_longest(*of_domain.values()):
-        for document in turn:
-            if document is not None:
-                yield {"text": document.text[:PASSAGE_CHARACTERS], "domain": document.domain}
+        of_domain[document.domain].append(document.text)
+    turns = zip_longest(*(texts[:-HELD_OUT] for texts in of_domain.values()))
+    passages = [
+        {"text": text[:PASSAGE_CHARACTERS], "domain": domain}
+        for turn in turns
+        for domain, text in zip(of_domain, turn, strict=True)
+        if text is not None
+    ]
+    queries = [
+        {"text": text[:QUERY_CHARACTERS], "domain": domain}
+        for domain, texts in of_domain.items()
+        for text in texts[-HELD_OUT:]
+    ]
+    return passages, queries
 
 
 def training_options(data: Path) -> list[str]:
