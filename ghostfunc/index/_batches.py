@@ -40,6 +40,36 @@ def token_batches(lengths: np.ndarray, token_budget: int) -> Iterator[np.ndarray
         start += rows
 
 
+class NotFinite(ValueError):
+    """Raised by a `compute` whose batch has losses that are not finite; `in_order` says of which samples they are."""
+
+    def __init__(self, losses: Tensor) -> None:
+        super().__init__("losses are not finite")
+        self.losses = losses
+
+
+def not_finite(corpus: Corpus, samples: np.ndarray, losses: Tensor, finite: Tensor) -> ValueError:
+    """The error that names samples whose losses or gradients are not finite.
+
+    Args:
+        corpus: where they are.
+        samples: the numbers of some samples, `[n]`.
+        losses: theirs, `[n]`.
+        finite: `[n]`, False for one at least.
+    """
+    bad = (~finite).nonzero()[:, 0].tolist()
+    named = []
+    for i in bad[:5]:
+        number = int(samples[i])
+        document = corpus.samples(number, number + 1)["document"][0].as_py()
+        named.append(f"{number} ({document}, loss {losses[i].item():g})")
+    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+    return ValueError(
+        f"{corpus.name}: the loss or gradient of sample {', '.join(named)}{more} is not finite. Look at the text and "
+        "at the dtype of the model (float16 overflows above 65504; float32 and bfloat16 do not), or leave it out"
+    )
+
+
 def in_order(
     corpus: Corpus,
     start: int,
@@ -63,13 +93,21 @@ def in_order(
 
     Returns:
         The tensors that `compute` gives, on the CPU, of `stop - start` rows in the corpus's order.
+
+    Raises:
+        ValueError: if `compute` raises `NotFinite`; the message names the samples.
     """
     found: list[tuple[Tensor, ...]] = []
     order: list[np.ndarray] = []
     lengths = corpus.lengths[start:stop]
     for indices in token_batches(lengths, token_budget):
         batch = {name: value.to(device) for name, value in corpus.batch(indices + start).items()}
-        found.append(tuple(value.detach().cpu() for value in compute(batch)))
+        try:
+            values = compute(batch)
+        except NotFinite as error:
+            finite = torch.isfinite(error.losses)
+            raise not_finite(corpus, indices + start, error.losses, finite) from error.__cause__
+        found.append(tuple(value.detach().cpu() for value in values))
         order.append(indices)
         done(len(indices), int(lengths[indices].sum()))
     back = torch.from_numpy(np.argsort(np.concatenate(order)))

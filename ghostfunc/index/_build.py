@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._kronecker import KroneckerProjection
 from ghostfunc._projection import ghost_grad_proj
-from ghostfunc.index._batches import Batch, in_order
+from ghostfunc.index._batches import Batch, NotFinite, in_order, not_finite
 from ghostfunc.index._models import model_fingerprint
 from ghostfunc.index._shards import Shard
 from ghostfunc.index._store import Store
@@ -95,12 +96,7 @@ def build_index(
     projection = projection.to(device)
 
     def compute(batch: Batch) -> tuple[Tensor, Tensor]:
-        rows, losses = ghost_grad_proj(with_losses, params, batch, projection, has_aux=True)
-        return rows.float(), losses.float()
-
-    def with_losses(params: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
-        losses = model_fn(params, batch)
-        return losses, losses
+        return _rows_and_losses(model_fn, params, batch, projection)
 
     missing = source.missing(rank, world)
     counter = _Counter(source.shards[rank::world], missing, progress)
@@ -108,9 +104,10 @@ def build_index(
         rows, losses = in_order(
             corpus, shard.start, shard.stop, compute, token_budget=token_budget, device=device, done=counter.add
         )
-        samples = corpus.samples(shard.start, shard.stop)
-        _refuse_infinite(corpus, shard, samples, rows, losses)
-        samples = samples.append_column("loss", pa.array(losses.numpy()))
+        finite = torch.isfinite(losses) & torch.isfinite(rows).all(dim=1)
+        if not finite.all():
+            raise not_finite(corpus, np.arange(shard.start, shard.stop), losses, finite)
+        samples = corpus.samples(shard.start, shard.stop).append_column("loss", pa.array(losses.numpy()))
         source.write(shard, rows, samples.append_column("norm", pa.array(rows.norm(dim=1).numpy())))
     return Store(folder)
 
@@ -132,14 +129,21 @@ class _Counter:
             self._progress(self._done, self._total, self._tokens)
 
 
-def _refuse_infinite(corpus: Corpus, shard: Shard, samples: pa.Table, rows: Tensor, losses: Tensor) -> None:
-    finite = torch.isfinite(losses) & torch.isfinite(rows).all(dim=1)
-    if finite.all():
-        return
-    bad = (~finite).nonzero()[:, 0].tolist()
-    named = [f"{shard.start + i} ({samples['document'][i].as_py()}, loss {losses[i].item():g})" for i in bad[:5]]
-    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-    raise ValueError(
-        f"{corpus.name}: the loss or gradient of sample {', '.join(named)}{more} is not finite. Look at the text and "
-        "at the dtype of the model (float16 overflows above 65504; float32 and bfloat16 do not), or leave it out"
-    )
+def _rows_and_losses(
+    model_fn: ModelFn, params: dict[str, Tensor], batch: Batch, projection: KroneckerProjection
+) -> tuple[Tensor, Tensor]:
+    """Projections `[B, k]` and losses `[B]` of a batch, in float32."""
+    seen: list[Tensor] = []
+
+    def with_losses(params: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+        losses = model_fn(params, batch)
+        seen.append(losses.detach())
+        return losses, losses
+
+    try:
+        rows, losses = ghost_grad_proj(with_losses, params, batch, projection, has_aux=True)
+    except ValueError as error:
+        if seen and not torch.isfinite(seen[-1]).all():
+            raise NotFinite(seen[-1]) from error
+        raise
+    return rows.float(), losses.float()
