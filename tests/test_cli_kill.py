@@ -13,7 +13,7 @@ from cli_world import content, make_model, make_texts
 
 from ghostfunc.index import Store
 
-SAMPLES = 60
+SAMPLES = 16
 
 # Imports once, and runs each command that it reads in a process of its own; it answers with its id, then with its end.
 SERVER = """
@@ -50,17 +50,15 @@ def shards(folder: Path) -> int:
 
 def test_killed_three_times(world: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
-    assert server.stdin and server.stdout
+    piped = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
     randomly = random.Random(0)
     partly = []
-    try:
+    with subprocess.Popen([sys.executable, "-c", SERVER], **piped) as server:
+        assert server.stdin and server.stdout
         print(*arguments(world, "whole"), file=server.stdin, flush=True)
         server.stdout.readline()
         assert server.stdout.readline() == "0\n"
-        for after in (1, 12, 30):
+        for after in (1, 5, 10):
             print(*arguments(world, "killed"), file=server.stdin, flush=True)
             child = int(server.stdout.readline())
             while shards(world / "killed") < after:
@@ -72,9 +70,6 @@ def test_killed_three_times(world: Path) -> None:
         print(*arguments(world, "killed"), file=server.stdin, flush=True)
         server.stdout.readline()
         assert server.stdout.readline() == "0\n"
-    finally:
-        server.stdin.close()
-        server.wait()
     assert partly == sorted(partly) and partly[0] >= 1 and partly[-1] < SAMPLES, "each kill left a part"
     assert content(world / "killed") == content(world / "whole")
     Store(world / "killed").verify()
@@ -122,6 +117,7 @@ def test_a_reader_that_goes_away_and_an_interruption_are_quiet(world: Path) -> N
     assert running.stdout and running.stderr
     running.stdout.close()
     said = running.stderr.read()
+    running.stderr.close()
     assert running.wait() == 141 and "Traceback" not in said and "Exception" not in said
 
     running = subprocess.Popen(

@@ -12,7 +12,7 @@ from ghostfunc.cli._config import IndexConfig
 from ghostfunc.cli._console import print_json, stdout_is_for_results
 from ghostfunc.cli._describe import describe, print_description
 from ghostfunc.cli._failures import ends_well
-from ghostfunc.cli._library import open_data, open_model, projection_of
+from ghostfunc.cli._library import open_model, open_own_data, projection_of
 from ghostfunc.cli._progress import progress
 from ghostfunc.cli._run_files import file_of, run_file, run_files, save
 from ghostfunc.index import Store, build_index
@@ -116,7 +116,7 @@ def _build(settings: IndexConfig, file: Path, process: int, processes: int) -> i
         How many tokens this run computed.
     """
     opened = open_model(settings.model, dtype=settings.model_dtype, device=settings.device)
-    corpus = open_data(settings.data, settings, opened, limit=settings.limit)
+    corpus = open_own_data(settings, opened)
     projection = projection_of(settings, opened, corpus, begun=bool(run_files(Path(settings.out))))
     computed = -1
     with progress("indexing") as report:

@@ -18,6 +18,7 @@ from ghostfunc.index._build import PROJECTION_FILE
 from ghostfunc.text import Corpus, load_tokenizer, open_corpus
 
 _MODEL_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_CACHE = "text"
 _PCA_SAMPLES = 64  # whose gradients' principal directions "pca" takes
 
 
@@ -58,7 +59,14 @@ def tokenizer_of(opened: Opened, name: str | None) -> Any:
     return opened.model.tokenizer if name is None else load_tokenizer(name)
 
 
-def open_data(path: str, config: RunConfig, opened: Opened, *, limit: int | None = None) -> Corpus:
+def open_own_data(config: RunConfig, opened: Opened) -> Corpus:
+    """The corpus of a run; its tokens are kept in the folder of the result, where the next command finds them."""
+    return open_data(config.data, config, opened, limit=config.limit, cache=Path(config.out) / _CACHE)
+
+
+def open_data(
+    path: str, config: RunConfig, opened: Opened, *, limit: int | None = None, cache: Path | None = None
+) -> Corpus:
     """A corpus, read as a run reads its own, with ids that the model has.
 
     Raises:
@@ -75,6 +83,7 @@ def open_data(path: str, config: RunConfig, opened: Opened, *, limit: int | None
         text_field=config.text_field,
         domain_field=config.domain_field,
         limit=limit,
+        cache=cache,
     )
     corpus.require_vocabulary(opened.model.vocab_size, opened.model.name)
     return corpus

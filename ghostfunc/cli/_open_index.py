@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import ghostfunc as gf
 from ghostfunc import KroneckerProjection
 from ghostfunc.cli._config import IndexConfig
-from ghostfunc.cli._library import Opened, open_data, open_model, tokenizer_of
+from ghostfunc.cli._library import Opened, open_data, open_model, open_own_data, tokenizer_of
 from ghostfunc.cli._run_files import run_files
 from ghostfunc.index import Store
 from ghostfunc.index._build import PROJECTION_FILE
-from ghostfunc.index._manifest import read_sources
 from ghostfunc.text import Corpus, TextCorpus
 
 
@@ -49,12 +47,12 @@ def open_index(folder: str, *, model: str | None, device: str) -> Index:
     """
     store = Store(folder)
     files = run_files(store.folder)
+    if files and not store.complete:
+        raise ValueError(f"{folder} is not complete: ghostfunc index --config {files[-1]} goes on with it")
     if not files or not (store.folder / PROJECTION_FILE).exists():
         missing = "run.yaml" if not files else PROJECTION_FILE
         raise ValueError(f"{folder} has no {missing}: it was not written by ghostfunc index, which alone can be asked")
     configs = [IndexConfig.of({}, file) for file in files]
-    if not store.complete:
-        raise ValueError(f"{folder} is not complete: ghostfunc index --config {files[-1]} goes on with it")
     first = configs[0]
     name = model or first.model
     try:
@@ -103,24 +101,27 @@ def open_corpora(index: Index, elsewhere: Sequence[str]) -> tuple[dict[str, Corp
     Returns:
         The corpora by the name of their source, and a sentence for each that is not to be had.
     """
-    wanted = source_names(index.store)
+    sources = {fingerprint: name for name, fingerprint in index.store.fingerprints.items()}
     found: dict[str, Corpus] = {}
+    reasons: list[str] = []
     for config in index.configs:
-        for path in (*elsewhere, config.data):
-            if os.path.exists(path):
-                corpus = open_data(path, config, index.opened, limit=config.limit)
-                if corpus.fingerprint in wanted:
-                    found[wanted[corpus.fingerprint]] = corpus
-                    break
-    missing = [name for name in wanted.values() if name not in found]
-    places = ", ".join(config.data for config in index.configs)
-    sentences = [
-        f"the text of {name} is not shown: it is not in {places}, or has changed since. Say where it is with --data"
-        for name in missing
-    ]
-    return found, sentences
+        for path in (config.data, *elsewhere):
+            try:
+                corpus = _data_at(path, config, index.opened)
+            except (OSError, ValueError) as error:  # a search without text is worth more than none
+                reasons.append(str(error))
+                continue
+            name = sources.get(corpus.fingerprint)
+            if name is not None:
+                found[name] = corpus
+                break
+            reasons.append(f"{path} holds other data now")
+    missing = [name for name in sources.values() if name not in found]
+    why = "; ".join(dict.fromkeys(reasons))
+    return found, [f"the text of {name} is not shown ({why}). Say where it is with --data" for name in missing]
 
 
-def source_names(store: Store) -> dict[str, str]:
-    """The names of a store's sources by their fingerprints."""
-    return {source.fingerprint: source.name for source in read_sources(store.folder)}
+def _data_at(path: str, config: IndexConfig, opened: Opened) -> Corpus:
+    if path == config.data:
+        return open_own_data(config, opened)
+    return open_data(path, config, opened, limit=config.limit)

@@ -13,7 +13,7 @@ from ghostfunc.cli._console import one_line, print_json, results, stdout_is_for_
 from ghostfunc.cli._describe import describe
 from ghostfunc.cli._failures import ends_well
 from ghostfunc.cli._hits import HELPS, hit_table, listed, samples_of
-from ghostfunc.cli._library import open_data, open_model
+from ghostfunc.cli._library import open_data, open_model, open_own_data
 from ghostfunc.cli._progress import progress
 from ghostfunc.cli._run_files import file_of, save
 from ghostfunc.index import Store, score_corpus, search
@@ -101,7 +101,7 @@ def _score(settings: ScoreConfig, process: int, processes: int) -> tuple[Store, 
     """
     file = file_of(settings)
     opened = open_model(settings.model, dtype=settings.model_dtype, device=settings.device)
-    corpus = open_data(settings.data, settings, opened, limit=settings.limit)
+    corpus = open_own_data(settings, opened)
     queries = open_data(settings.file, settings, opened)
     computed = -1
     with progress("scoring") as report:
