@@ -171,7 +171,7 @@ def test_rows_elsewhere_are_not_read(make: Make, monkeypatch: pytest.MonkeyPatch
     assert asked == [(5, 7), (650, 651)]
 
 
-@pytest.mark.parametrize("scale", [1e-25, 1e-30, 1e15])
+@pytest.mark.parametrize("scale", [1e-25, 1e-30, 1e15, 1e30])
 def test_cosine_of_tiny_and_of_large_rows(make: Make, scale: float) -> None:
     rows, queries = torch.randn(90, DIM), torch.randn(3, DIM)
     expected = search(make(rows), queries, 90, metric="cosine")
@@ -202,6 +202,12 @@ def test_queries_are_preconditioned_first(make: Make) -> None:
         found = search(store, queries, 5, metric=metric, precondition=lambda q: q @ matrix, layers="mlp")
         expected = search(store, queries @ matrix, 5, metric=metric, layers="mlp")
         assert torch.equal(found.rows, expected.rows) and torch.equal(found.scores, expected.scores)
+
+
+def test_nothing_to_look_for_and_nothing_to_find(make: Make) -> None:
+    assert search(make(torch.zeros(0, DIM)), torch.randn(2, DIM)).rows.shape == (2, 0)
+    ends = search_ends(make(torch.randn(20, DIM)), torch.randn(0, DIM))
+    assert ends.most.rows.shape == ends.least.rows.shape == (0, 10)
 
 
 def test_on_a_device(make: Make, device: torch.device) -> None:

@@ -153,6 +153,8 @@ def test_refusals(make: Make) -> None:
         FaissIndex.build(store, "IVF4096,Flat")
     with pytest.raises(ValueError, match="metric='l2'"):
         FaissIndex.build(store, "flat", metric="l2")
+    with pytest.raises(ValueError, match="has no rows"):
+        FaissIndex.build(make(torch.zeros(0, DIM)), "flat")
     index = FaissIndex.build(store, "flat")
     with pytest.raises(ValueError, match="k=0"):
         index.search(queries, 0)

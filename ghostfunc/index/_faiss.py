@@ -77,6 +77,8 @@ class FaissIndex:
         """
         faiss = _faiss()
         cosine = is_cosine(metric)
+        if not store.rows:
+            raise ValueError(f"{store.folder} has no rows to make an index of.")
         factory = _factory(kind, store.rows)
         try:
             index = faiss.index_factory(store.dim, factory, faiss.METRIC_INNER_PRODUCT)

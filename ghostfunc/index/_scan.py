@@ -216,10 +216,10 @@ def _joined(slices: Iterable[slice]) -> list[slice]:
 def row_lengths(columns: list[Tensor]) -> Tensor:
     """Euclidean lengths `[n]` of rows that lie in several tensors `[n, c]`; 1 for rows of zeros."""
     lengths = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(c, dim=1) for c in columns]), dim=0)
-    small = lengths < SMALL
-    if small.any():  # squares of such entries are zero in float32
-        exact = torch.linalg.vector_norm(torch.cat([c[small] for c in columns], 1).double(), dim=1)
-        lengths[small] = torch.where(exact > 0, exact, 1).float()
+    outside = (lengths < SMALL) | lengths.isinf()
+    if outside.any():  # squares of such entries are zero or infinite in float32
+        exact = torch.linalg.vector_norm(torch.cat([c[outside] for c in columns], 1).double(), dim=1)
+        lengths[outside] = torch.where(exact > 0, exact, 1).float()
     return lengths
 
 
