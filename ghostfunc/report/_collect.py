@@ -11,6 +11,7 @@ from torch import Tensor
 from ghostfunc._call import Params
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._kronecker import KroneckerProjection
+from ghostfunc._sketches import KINDS
 from ghostfunc.index import Queries, Store, project_queries, search_ends
 from ghostfunc.report._data import Passage, Query, ReportData
 from ghostfunc.report._facts import check_identity, facts_of, notices_of, parameters_of
@@ -82,7 +83,7 @@ def collect_report(
         notices=notices_of(store, projection, described, texts.missing),
         metric=metric,
         dim=store.dim,
-        random=projection.kind != "pca",
+        random=projection.kind in KINDS,
         preconditioned=preconditioned,
         queries=tuple(shown),
         means=found.means,
