@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ghostfunc.engine import GradProjEngine
+import ghostfunc as gf
 from ghostfunc.index import Model, Store, StoreError, load_model
 from ghostfunc.text import PACKAGED_TOKENIZER, load_tokenizer
 from shared.model_setup import GPT2_VOCABULARY, build_model, model_config, quiet_transformers
@@ -145,7 +145,7 @@ def require_tokens(model: Model) -> None:
 
 def collect(model: Model, texts: list[Passage], args: argparse.Namespace) -> None:
     """Project every batch into the store, from where an earlier run of the same command came to."""
-    engine = GradProjEngine(
+    engine = gf.GradProjEngine(
         model.module,
         proj_layers=args.proj_layers,
         proj_rank_total=args.proj_rank_total,

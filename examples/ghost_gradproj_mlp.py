@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import ghostfunc as gf
-from ghostfunc.engine import GradProjEngine
 from ghostfunc.index import Store, StoreError
 
 PROJ_DIR = Path(__file__).resolve().parents[1] / "results" / "ghost_gradproj_mlp"
@@ -94,9 +93,9 @@ def train(model: MLP, args: argparse.Namespace, steps: int, watch: Callable[[int
     return Trained(losses, {what: t.detach().numpy().tobytes() for what, t in left_behind.items()})
 
 
-def engine_of(model: MLP, args: argparse.Namespace, proj_dir: Path) -> GradProjEngine:
+def engine_of(model: MLP, args: argparse.Namespace, proj_dir: Path) -> gf.GradProjEngine:
     """The engine with the options of the command line."""
-    return GradProjEngine(
+    return gf.GradProjEngine(
         model,
         loss=gf.classification_loss,
         proj_layers=args.proj_layers,
@@ -144,7 +143,7 @@ def project(args: argparse.Namespace) -> None:
     print(f"Inner products of {len(rows)} samples, projected against exact: correlation {pearson:.3f}; {path}")
 
 
-def exact_rows(engine: GradProjEngine, batch: Batch) -> Tensor:
+def exact_rows(engine: gf.GradProjEngine, batch: Batch) -> Tensor:
     """The gradients of single samples in the layers that are projected, `[B, numbers]`, nothing projected."""
     with evaluating(engine.module):
         model_fn, params = gf.functionalize(engine.module, gf.classification_loss)
@@ -243,7 +242,7 @@ def naive_check(args: argparse.Namespace) -> None:
     print(f"passed: {len(rows)} stored rows are the projected gradients of single samples: {what}")
 
 
-def naive_rows(engine: GradProjEngine, batch: Batch) -> Tensor:
+def naive_rows(engine: gf.GradProjEngine, batch: Batch) -> Tensor:
     """P_in^T G P_out of each sample, side by side, `[B, k]`; the weight of a linear map has the shape of G^T."""
     x, y = batch
     assert engine.projection is not None

@@ -15,7 +15,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import ghost_gradproj_lm as lm
 import ghost_gradproj_mlp as mlp
 import ghostfunc as gf
-from ghostfunc.engine import GradProjEngine
 from ghostfunc.index import Store
 from ghostfunc.text import PACKAGED_TOKENIZER, load_tokenizer
 
@@ -88,7 +87,7 @@ def test_checks_pass(run, tmp_path):
 
 
 def disturbed_collect(disturb):
-    original = GradProjEngine.collect_batch
+    original = gf.GradProjEngine.collect_batch
 
     def collect_batch(self, batch, *args, **kwargs):
         rows = original(self, batch, *args, **kwargs)
@@ -113,7 +112,7 @@ X, Y = torch.ones(2, mlp.FEATURES), torch.tensor([0, 1])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_non_interf_fails_when_training_is_disturbed(monkeypatch, run, fault):
     disturb, named = FAULTS[fault]
-    monkeypatch.setattr(GradProjEngine, "collect_batch", disturbed_collect(disturb))
+    monkeypatch.setattr(gf.GradProjEngine, "collect_batch", disturbed_collect(disturb))
     with pytest.raises(SystemExit, match=f"FAILED: projections change the training.*{named}") as stopped:
         run(mlp, "--mode", "non_interf", "--test_steps", 3)
     assert isinstance(stopped.value.code, str)  # Python prints it and exits with 1
