@@ -15,6 +15,7 @@ says it covers, and for ghostfunc the rows themselves against explicit gradients
 
 import argparse
 import contextlib
+import gc
 import json
 import statistics
 import subprocess
@@ -229,9 +230,11 @@ class Explicit:
 def measure(arguments: Any) -> dict[str, Any]:
     """Every way, at one size."""
     folder = arguments.peers_venv
-    python, asked = (make_venv(folder.absolute()), ways.WAYS) if folder else (Path(sys.executable), ways.OWN)
+    python, peers = (make_venv(folder.absolute()), arguments.peers) if folder else (Path(sys.executable), [])
+    asked = [*ways.OWN, *peers]
     started = vs_vmap.environment(arguments)
     explicit = Explicit(arguments.size)
+    gc.collect()  # its model, which has cycles
     work = ways.SIZES[arguments.size]
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(python, arguments.size, arguments.threads, Path(folder))
@@ -252,7 +255,7 @@ def measure(arguments: Any) -> dict[str, Any]:
         "requirements": [line for peer in rows if peer in REQUIREMENTS for line in REQUIREMENTS[peer]],
         "environment": started,
         "rounds": arguments.rounds,
-        "ways": {name: rows.get(name, {"missing": runs.missing.get(name, "no --peers-venv")}) for name in ways.WAYS},
+        "ways": {name: rows.get(name, {"missing": runs.missing.get(name, "not asked for")}) for name in ways.WAYS},
     }
 
 
@@ -347,6 +350,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peers-venv", type=Path, help="a folder outside of the repository, made if it is not there")
+    parser.add_argument("--peers", nargs="+", choices=ways.PEERS, default=list(ways.PEERS), help="of these, with it")
     parser.add_argument("--quick", action="store_true", help="a tiny model; writes only to --results")
     parser.add_argument("--results", type=Path, help="the JSON file to write")
     parser.add_argument("--page", action="store_true", help="write the page, and run nothing")

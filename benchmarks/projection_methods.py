@@ -5,6 +5,7 @@ anew. What a way covers, it says itself: the parameters whose gradients are in i
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -289,6 +290,7 @@ def serve(name: str, size: str, folder: Path, channel: Any) -> None:
         np.save(folder / f"{name}.npy", rows.detach().numpy(), allow_pickle=False)
     shape = None if rows is None else list(rows.shape)
     count = flops(name, size)
+    gc.collect()  # models, which have cycles
     told = {**memory, "flops_of_one_sample": count, "covers": way.covers, "shape": shape, "notes": way.notes}
     del rows
     print(json.dumps(told), file=channel, flush=True)
