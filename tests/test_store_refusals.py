@@ -363,6 +363,8 @@ def test_two_processes_at_the_same_shard_are_told(tmp_path: Path) -> None:
     other.write_bytes(b"being written")
     with pytest.raises(StoreError, match=r"Another process writes .*0000-000000.parquet too .* its own rank"):
         source.write(shard, rows_of(shard), samples_of(shard))
+    # The other process has perhaps written the rows just before: they are its own, too.
+    assert set(content(tmp_path / "shards")) == {other.name, "0000-000000.safetensors"}
     assert other.read_bytes() == b"being written"
     assert fill(data_of(begin(tmp_path))) == [0, 1, 2]  # as after a kill: it is a leftover now
 
