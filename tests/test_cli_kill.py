@@ -15,17 +15,18 @@ from ghostfunc.index import Store
 
 SAMPLES = 16
 
-# Imports once, and runs each command that it reads in a process of its own; it answers with its id, then with its end.
+# Runs the first command that it reads itself, and so imports everything once, and each that follows in a process of its
+# own. It answers with the process, and then with its end.
 SERVER = """
 import os, sys
 from ghostfunc.cli._app import app
+app(sys.stdin.readline().split(), standalone_mode=False)
 for line in sys.stdin:
     child = os.fork()
     if not child:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         app(line.split())
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    print("started", child, flush=True)
+    print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 COMMAND = [sys.executable, "-c", "from ghostfunc.cli import main; main()"]
 
@@ -55,21 +56,26 @@ def test_killed_three_times(world: Path) -> None:
     partly = []
     with subprocess.Popen([sys.executable, "-c", SERVER], **piped) as server:
         assert server.stdin and server.stdout
-        print(*arguments(world, "whole"), file=server.stdin, flush=True)
-        server.stdout.readline()
-        assert server.stdout.readline() == "0\n"
+        lines = iter(server.stdout.readline, "")
+
+        def answer(word: str) -> int:
+            return int(next(line for line in lines if line.startswith(word)).split()[1])
+
+        def start(out: str) -> None:
+            print(*arguments(world, out), file=server.stdin, flush=True)
+
+        start("whole")
         for after in (1, 5, 10):
-            print(*arguments(world, "killed"), file=server.stdin, flush=True)
-            child = int(server.stdout.readline())
+            start("killed")
+            child = answer("started")
             while shards(world / "killed") < after:
                 time.sleep(0.001)
             time.sleep(randomly.uniform(0, 0.01))
             os.kill(child, signal.SIGKILL)
-            assert server.stdout.readline() == f"{-signal.SIGKILL}\n"
+            assert answer("ended") == -signal.SIGKILL
             partly.append(shards(world / "killed"))
-        print(*arguments(world, "killed"), file=server.stdin, flush=True)
-        server.stdout.readline()
-        assert server.stdout.readline() == "0\n"
+        start("killed")
+        assert answer("ended") == 0
     assert partly == sorted(partly) and partly[0] >= 1 and partly[-1] < SAMPLES, "each kill left a part"
     assert content(world / "killed") == content(world / "whole")
     Store(world / "killed").verify()
