@@ -220,8 +220,20 @@ def test_on_a_device(make: Make, device: torch.device) -> None:
 def test_queries_of_other_dtypes(make: Make) -> None:
     store, queries = make(torch.randn(100, DIM)), torch.randn(2, DIM)
     assert torch.equal(search(store, queries.double(), 5).rows, search(store, queries, 5).rows)
-    grown = search(store, queries.clone().requires_grad_(), 5)
+    learned = torch.ones(DIM, requires_grad=True)
+    grown = search(store, queries.clone().requires_grad_(), 5, precondition=lambda q: q * learned)
     assert not grown.scores.requires_grad
+
+
+def test_under_another_default_dtype(make: Make) -> None:
+    store, queries = make(torch.randn(100, DIM)), torch.randn(2, DIM)
+    expected = search(store, queries, 5, metric="cosine")
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = search(store, queries, 5, metric="cosine")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.scores.dtype == torch.float32 and torch.equal(found.scores, expected.scores)
 
 
 def test_refusals(make: Make) -> None:

@@ -49,9 +49,17 @@ class FaissIndex:
         metric: "dot" or "cosine".
 
     Example:
-        index = FaissIndex.build(store, "ivf")
-        index.save()
-        FaissIndex.load(store, "ivf").search(queries, 10, effort=32)
+        >>> import tempfile, pyarrow, torch
+        >>> from ghostfunc.index import Store, StoreWriter
+        >>> folder = tempfile.mkdtemp()
+        >>> source = StoreWriter(folder, dim=2).source("poems", fingerprint="0f", rows=None)
+        >>> rows = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])
+        >>> _ = source.append(rows, pyarrow.table({"domain": ["haiku", "ode", "ode"]}))
+        >>> store = Store(folder)
+        >>> FaissIndex.build(store, "flat").save().name
+        'faiss-flat-dot.index'
+        >>> FaissIndex.load(store, "flat").search(torch.tensor([[1.0, 1.0]]), k=2).rows
+        tensor([[2, 1]])
     """
 
     def __init__(self, store: Store, index: Any, kind: str, metric: str) -> None:

@@ -119,7 +119,7 @@ class Best:
         if k < 1:
             raise ValueError(f"k={k}: expected at least one row for each query.")
         self.sign, self.seen = -1 if least else 1, 0
-        self.scores = torch.full((queries, k), -torch.inf, device=device)
+        self.scores = torch.full((queries, k), -torch.inf, dtype=torch.float32, device=device)
         self.rows = torch.full((queries, k), -1, device=device)
 
     def add(self, rows: Tensor, scores: Tensor) -> None:
@@ -175,9 +175,9 @@ def checked_queries(store: Store, queries: Tensor, precondition: Precondition | 
             f"queries have shape {tuple(queries.shape)}; the store needs [Q, {store.dim}]. Project them with the "
             "store's own projection."
         )
-    found = queries.detach()
+    found = queries
     for what, change in (("queries", None), ("queries after precondition=", precondition)):
-        found = (found if change is None else change(found)).float()
+        found = (found if change is None else change(found)).detach().float()
         if found.shape != queries.shape:
             raise ValueError(f"{what} have shape {tuple(found.shape)}, expected {tuple(queries.shape)}.")
         if not (finite := found.isfinite().all(1)).all():

@@ -66,7 +66,18 @@ def search(
     Raises:
         ValueError: for queries of another dimension or that are not finite, for k below 1, rows outside of the store,
             an unknown metric, layers that match nothing, and scores too large for float32.
-        StoreError: if the store is damaged.
+        StoreError: if the store is not complete, or damaged.
+
+    Example:
+        >>> import tempfile, pyarrow, torch
+        >>> from ghostfunc.index import Store, StoreWriter
+        >>> folder = tempfile.mkdtemp()
+        >>> source = StoreWriter(folder, dim=2).source("poems", fingerprint="0f", rows=None)
+        >>> rows = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])
+        >>> _ = source.append(rows, pyarrow.table({"domain": ["haiku", "ode", "ode"]}))
+        >>> scores, rows = search(Store(folder), torch.tensor([[1.0, 1.0]]), k=2)
+        >>> scores, rows
+        (tensor([[6., 2.]]), tensor([[2, 1]]))
     """
     scan = Scan(store, queries, metric, layers, precondition, rows)
     best = scan.best(k, least=least)
