@@ -180,13 +180,14 @@ def _folder(path: Path, dtype: torch.dtype) -> tuple[Any, Any, bool]:
 
 
 def _pretrained(name: str, dtype: torch.dtype) -> Any:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{name} cannot be loaded as a causal language model: {_first_line(error)}") from error
     module, report = loaded
     absent = sorted(report["missing_keys"])
