@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ghostfunc._call import Params
 from ghostfunc._kronecker import KroneckerProjection
@@ -53,8 +53,8 @@ def facts_of(
         "weights": _weights(model),
         "data": ", ".join(f"{name} ({len(rows):,})" for name, rows in store.sources.items()),
         "rows": f"{store.rows:,}",
-        "tokens": f"{pc.sum(samples['tokens']).as_py():,}" if "tokens" in samples.column_names else "",
-        "mean loss": f"{pc.mean(samples['loss']).as_py():.3f}" if "loss" in samples.column_names else "",
+        "tokens": f"{tokens.sum():,}" if len(tokens := _known(samples, "tokens")) else "",
+        "mean loss": f"{losses.mean():.3f}" if len(losses := _known(samples, "loss")) else "",
         "projection": f"{projection.kind}, rank {described['rank']}, seed {projection.seed}",
         "numbers per row": f"{store.dim:,} from {len(projection.parts)} parameters, as {store.dtype}",
         "ranked by": RANKED_BY[metric],
@@ -64,9 +64,14 @@ def facts_of(
     return tuple((name, value) for name, value in facts.items() if value)
 
 
+def _known(samples: pa.Table, column: str) -> np.ndarray:
+    """What is known of the samples in a column, which some sources may not have."""
+    return samples[column].drop_null().to_numpy() if column in samples.column_names else np.empty(0)
+
+
 def _weights(model: Mapping[str, Any]) -> str:
     fingerprint = str(model.get("fingerprint", ""))[:SHOWN_DIGITS]
-    known = {True: "trained", False: "untrained"}.get(model.get("trained"), "")
+    known = "" if model.get("trained") is None else "trained" if model["trained"] else "untrained"
     return ", ".join(part for part in (known, f"fingerprint {fingerprint}" if fingerprint else "") if part)
 
 

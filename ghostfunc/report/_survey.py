@@ -15,7 +15,6 @@ from ghostfunc.report._data import Distribution, DomainMeans, Spread
 BINS = 60
 EXAMINED_ROWS = 50_000
 EXAMINED_SCORES = 20_000_000
-PERCENTILES = (5, 25, 50, 75, 95)
 
 
 class Moments(NamedTuple):
@@ -144,7 +143,7 @@ def _spread(query_domain: str, scores: np.ndarray, codes: np.ndarray, names: tup
     found = []
     for code, name in enumerate(names):
         own = scores[:, codes == code].ravel()
-        quantiles = tuple(float(value) for value in np.percentile(own, PERCENTILES))
+        p5, p25, p50, p75, p95 = map(float, np.percentile(own, (5, 25, 50, 75, 95)))
         histogram = tuple(int(count) for count in np.histogram(own, bins=BINS, range=(low, high))[0])
-        found.append(Distribution(name, len(own), quantiles, float((own > 0).mean()), histogram))
+        found.append(Distribution(name, len(own), (p5, p25, p50, p75, p95), float((own > 0).mean()), histogram))
     return Spread(query_domain, low, high, tuple(found))

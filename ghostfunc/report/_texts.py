@@ -11,7 +11,6 @@ from ghostfunc._call import Params
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._kronecker import KroneckerProjection
 from ghostfunc.index import Store, token_batches
-from ghostfunc.index._manifest import read_sources
 from ghostfunc.report._data import Highlights
 from ghostfunc.report._tokens import token_scores
 from ghostfunc.text import Corpus
@@ -40,7 +39,7 @@ class Texts:
 
     def __init__(self, store: Store, corpora: Sequence[Corpus]) -> None:
         given = {corpus.fingerprint: corpus for corpus in corpora}
-        sources = {source.name: source.fingerprint for source in read_sources(store.folder)}
+        sources = store.fingerprints
         for fingerprint, corpus in given.items():
             if fingerprint not in sources.values():
                 known = ", ".join(f"{name!r} ({of[:12]})" for name, of in sources.items())
