@@ -1,7 +1,12 @@
 """Every kind of projection: a real module's parameters against the oracle, and inner products' mean and variance."""
 
+import json
 import math
+import re
+import sys
 from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -253,3 +258,56 @@ def test_a_full_rank_loses_nothing(kind):
     y = gf.ghost_grad_proj(model_fn, params, batch, projection)
     assert projection.dim == sum(p.numel() for p in params.values())
     torch.testing.assert_close(y @ y.T, rows @ rows.T, rtol=1e-10, atol=0)
+
+
+# ---------------------------------------------------------------- the page
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    return import_module("projection_fidelity")
+
+
+def test_the_page_shows_what_was_measured(benchmark):
+    text = benchmark.PAGE.read_text(encoding="utf-8")
+    results = json.loads(benchmark.RESULTS.read_text(encoding="utf-8"))
+    assert benchmark.page(text, results) == text
+    assert text.count("| rank 16 |") == 1
+
+
+def test_the_page_s_example_runs(benchmark):
+    (example,) = re.findall(
+        r"^```python\n(.*?)^```", benchmark.PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert list(names["rows"].shape) == [8, 256]
+    assert list(names["dots"].shape) == [8, 8]
+
+
+def test_the_benchmark_projects_as_the_projections_do(benchmark):
+    """Its one wide product gives what `project` of each projection gives."""
+    model_fn, params, batch = mixture()
+    projections = [
+        gf.kronecker_projection(model_fn, params, batch, include=INCLUDE, rank=rank, min_rank=2, kind=kind, seed=seed)
+        for kind, rank, seed in (("gaussian", 9, 0), ("gaussian", 30, 1), ("mask", 20, 0), ("pca", 30, 0))
+    ]
+    gradient = {name: g[0] for name, g in per_sample_grads(model_fn, params, batch).items()}
+    for projection, found in zip(projections, benchmark.Projector(projections)(gradient), strict=True):
+        torch.testing.assert_close(found, projection.project(gradient), rtol=0, atol=1e-10)
+
+
+def test_the_benchmark_s_agreement(benchmark):
+    """Of inner products that are the same, and of ones that are in the same order and half as large."""
+    rows = Draw(torch.float64, CPU, 3).normal(12, 30)
+    exact = rows @ rows.T
+    same = benchmark.agreement(exact, exact)
+    assert same["error"] == 0
+    assert same["pearson"] == pytest.approx(1)
+    cosines = exact / exact.diagonal().sqrt() / exact.diagonal().sqrt()[:, None]
+    pairs = torch.triu_indices(12, 12, offset=1)
+    half = benchmark.agreement(exact, exact / 2)
+    assert half["error"] == pytest.approx((cosines[pairs[0], pairs[1]] / 2).square().mean().sqrt().item())
+    assert half["pearson"] == half["spearman"] == pytest.approx(1)
+    assert benchmark.agreement(exact, -(exact**3))["spearman"] == pytest.approx(-1)
