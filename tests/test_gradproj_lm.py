@@ -72,33 +72,36 @@ def options(data, checkpoint, tmp_path):
     return build
 
 
-def start(arguments, **environment):
-    return subprocess.Popen(
-        [TRAIN_SH, *arguments],
-        env=os.environ | {"LAUNCHER": sys.executable, "OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def content(run):
     """All that a run leaves but its measured seconds."""
     files = (path for path in run.rglob("*") if path.is_file() and path.name not in ("statistics.json", "config.json"))
     return {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 
-def test_train_sh_projects_data_of_the_piles_names_from_any_folder(data, tmp_path):
+def test_train_sh_on_data_of_the_piles_names_killed_outright_continues_to_the_same_bytes(
+    data, tmp_path, monkeypatch, capsys
+):
     assert os.access(TRAIN_SH, os.X_OK)
-    arguments = ["--architecture", "GPT2-Nano", "--block_size", str(BLOCK), "--device", "cpu"]
-    process = start(
-        [*arguments, "--batch_size", "2", "--max_samples", "1000"], PILE_DATA_DIR=str(data), RESULTS_DIR=str(tmp_path)
-    )
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert "untrained" in output and "GPT2-Nano: " in output
-    (run,) = tmp_path.iterdir()
+    arguments = f"--architecture GPT2-Nano --block_size {BLOCK} --batch_size 2 --max_samples 1000".split()
+    arguments += ["--device", "cpu", "--proj_save_interval", "1"]
+    monkeypatch.setenv("PILE_DATA_DIR", str(data))
+    monkeypatch.setenv("RESULTS_DIR", str(tmp_path / "cut"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("LAUNCHER", sys.executable)
+    process = subprocess.Popen([TRAIN_SH, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("cut/*/shards/*.json")):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before its first shard"
+        time.sleep(0.002)
+    process.kill()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL and b"untrained" in output
+    (run,) = (tmp_path / "cut").iterdir()
     assert run.name.startswith("GradProj-GPT2-Nano-")
+    assert 2 <= Store(run).rows < sum(DOMAINS.values())
+
+    assert main(arguments) == run
+    assert "continuing after" in capsys.readouterr().out
     store = Store(run)
     assert store.rows == sum(DOMAINS.values()) and store.dtype == "bfloat16"
     assert set(store.slices) == {
@@ -106,6 +109,8 @@ def test_train_sh_projects_data_of_the_piles_names_from_any_folder(data, tmp_pat
         for block in range(4)
         for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     }
+    monkeypatch.setenv("RESULTS_DIR", str(tmp_path / "whole"))
+    assert content(run) == content(main(arguments))
 
 
 def test_rows_are_the_projected_gradients_of_the_blocks_in_order(options, data, checkpoint, capsys):
@@ -162,39 +167,19 @@ def test_a_run_of_graddotprod_is_a_checkpoint(options, data, checkpoint, tmp_pat
     assert load_model(newest).fingerprint != load_model(checkpoint).fingerprint
 
 
-def test_a_run_that_was_killed_continues_to_the_same_bytes(options, tmp_path):
-    arguments = options("--batch_size", 1, "--proj_save_interval", 3)
-    process = start([*arguments, "--output_dir", str(tmp_path / "cut")])
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("cut/shards/*.json")):
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before its first shard"
-        time.sleep(0.002)
-    process.kill()
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
-    assert 3 <= Store(tmp_path / "cut").rows < sum(DOMAINS.values())
-
-    whole = main([*arguments, "--output_dir", str(tmp_path / "whole")])
-    assert main([*arguments, "--output_dir", str(tmp_path / "cut")]) == tmp_path / "cut"
-    assert content(tmp_path / "cut") == content(whole)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_between_batches_and_the_run_continues_to_the_same_bytes(
-    options, tmp_path, monkeypatch, capsys, number
-):
+def test_a_signal_stops_between_batches_and_the_run_continues_to_the_same_bytes(options, tmp_path, monkeypatch, capsys):
     collect = gf.GradProjEngine.collect_batch
 
     def interrupted(engine, *args, **kwargs):
         if engine.rows_written == 4:
-            signal.raise_signal(number)
+            signal.raise_signal(signal.SIGTERM)
         return collect(engine, *args, **kwargs)
 
     monkeypatch.setattr(gf.GradProjEngine, "collect_batch", interrupted)
     with pytest.raises(SystemExit) as stopped:
         main(options("--output_dir", tmp_path / "cut"))
-    assert stopped.value.code == 128 + number
-    assert f"{signal.Signals(number).name}, 4 samples are written" in capsys.readouterr().out
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert "SIGTERM, 4 samples are written" in capsys.readouterr().out
     assert Store(tmp_path / "cut").rows == 4
     monkeypatch.undo()
     run = main(options("--output_dir", tmp_path / "cut"))

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for `
 
 import torch
 from matplotlib.figure import Figure
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 import ghostfunc as gf
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             f"products take two at least: python compute_full_gradients.py {options.run} --num_samples 8\n",
         )
     names = list(projector.engine.metadata["layers"])
-    gradients = [{name: g.to(projector.run.device) for name, g in load_file(f).items() if name in names} for f in files]
+    gradients = [_read(file, names, projector.run.device) for file in files]
     rows = measure(projector.run, gradients, options.ranks, options.seeds)
     _write(options.run / "error_with_rank", rows, len(gradients), names)
     print(f"Error of inner products of {len(gradients)} samples, mean over {len(options.seeds)} seeds")
@@ -134,6 +134,11 @@ def draw(rows: list[dict[str, Any]], samples: int, layers: int) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, pil_kwargs={"optimize": True})
     return buffer.getvalue()
+
+
+def _read(path: Path, names: list[str], device: torch.device) -> dict[str, Tensor]:
+    with safe_open(path, "pt", device=str(device)) as file:
+        return {name: file.get_tensor(name) for name in names}
 
 
 def _by_rank(rows: list[dict[str, Any]]) -> dict[tuple[str, int, int], list[float]]:
