@@ -31,13 +31,14 @@ def documents(count: int, seed: int = 0) -> list[str]:
     return [" ".join(f"w{i}" for i in rng.integers(VOCABULARY, size=rng.integers(1, 12))) for _ in range(count)]
 
 
-def tiny(dtype: torch.dtype = torch.float64):
+def tiny(dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"):
     """A GPT-2 as a pure function, its parameters, and a projection of them."""
     torch.manual_seed(0)
     config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=VOCABULARY, n_positions=16, use_cache=False)
-    model = GPT2LMHeadModel(config).to(dtype).eval()
+    model = GPT2LMHeadModel(config).to(device, dtype).eval()
     model_fn, params = gf.functionalize(model, gf.causal_lm_loss)
-    batch = {"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[1, 2, 3]])}
+    ids = torch.tensor([[1, 2, 3]], device=device)
+    batch = {"input_ids": ids, "labels": ids}
     include = ("embedding", "norm", "bias", "head")
     return model_fn, params, gf.kronecker_projection(model_fn, params, batch, rank=4, min_rank=2, include=include)
 
@@ -69,6 +70,15 @@ def test_each_row_is_the_samples_own(tmp_path):
     alone = [i for i in range(len(data)) if data.lengths[i] == 1]
     assert (rows[alone] == 0).all() and all(samples[i]["loss"] == 0 for i in alone)
     assert all(samples[i]["norm"] > 0 for i in range(len(data)) if i not in alone)
+
+
+def test_the_device_of_the_parameters(tmp_path, device):
+    data, (model_fn, params, projection) = corpus(), tiny(torch.float32, device)
+    here = build_index(tmp_path / "cpu", data, *tiny(torch.float32))
+    there = build_index(tmp_path / "device", data, model_fn, params, projection.to("cpu"))
+    assert here.manifest["identity"] == there.manifest["identity"]
+    rows, same = here.read(0, len(data)), there.read(0, len(data))
+    assert ((rows - same).norm(dim=1) <= 1e-5 * rows.norm(dim=1)).all()
 
 
 def test_a_corpus_of_single_tokens(tmp_path):
