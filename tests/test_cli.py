@@ -1,18 +1,21 @@
 """The command from end to end, in this process: index, query, report, score, explain, tokenize."""
 
+import io
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cli_world import DOCUMENTS, content, make_model, make_texts, text_of
 from typer.testing import CliRunner
 
 import ghostfunc as gf
-from ghostfunc.cli import _index
+from ghostfunc.cli import _index, main
 from ghostfunc.cli._app import app
 from ghostfunc.index import Store, load_model
 from ghostfunc.text import TextCorpus, open_corpus
@@ -300,6 +303,21 @@ def test_tokenize_writes_files_that_index_reads(world: Path) -> None:
     assert "is finished already" in again.stderr
 
 
+def test_token_files_without_a_tokenizer_have_no_text(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "model", tmp_path / "model")
+    for file in [*(tmp_path / "model").glob("tokenizer*"), *(tmp_path / "model").glob("special*")]:
+        file.unlink()
+    (tmp_path / "tokens").mkdir()
+    np.arange(200, dtype="<u2").tofile(tmp_path / "tokens" / "train-numbers.bin")
+    run("index", tmp_path / "tokens", "-m", tmp_path / "model", "-o", tmp_path / "index", *SMALL)
+    found = as_json("query", tmp_path / "index", "--file", tmp_path / "tokens", "-k", 1, "--metric", "cosine")
+    assert [each["hits"][0]["row"] for each in found["queries"]] == [0, 1, 2]
+    assert found["queries"][0]["text"] is None is found["queries"][0]["hits"][0]["text"]
+    assert "1. (token ids)" in run("query", tmp_path / "index", "--file", tmp_path / "tokens").stdout
+    assert "comes without a tokenizer" in complaint("query", tmp_path / "index", "def")
+    assert "--tokenizer" in complaint("index", world / "texts.jsonl", "-m", tmp_path / "model", "-o", tmp_path / "i")
+
+
 # ---------------------------------------------------------------- how it ends
 
 
@@ -339,3 +357,24 @@ def test_faults_of_the_machine_are_status_1(
     assert stopped.stderr.endswith("interrupted: the same command goes on from what is written\n")
     fault = CliRunner().invoke(app, [str(each) for each in ending_with(RuntimeError("a fault of ours"))])
     assert isinstance(fault.exception, RuntimeError), "a fault of the program keeps its traceback"
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "ghostfunc.cli._app")
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert str(end.value) == 'error: the command needs typer, which is an extra: pip install "ghostfunc[index]"'
+
+
+def test_the_entry_point_writes_what_the_encoding_does_not_have(
+    monkeypatch: pytest.MonkeyPatch, world: Path, index: Path
+) -> None:
+    binary = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(binary, encoding="ascii"))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", ["ghostfunc", "query", str(index), "né à \x1b[31m", "-k", "1"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    assert b"1. n? ? ?[31m" in binary.getvalue() and b"\x1b" not in binary.getvalue()

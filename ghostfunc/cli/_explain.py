@@ -51,8 +51,8 @@ def explain(
         str, options.option(options.MODEL, "Parts of parameter names, between commas; all if not given.", metavar="A,B")
     ] = "",
     tokenizer: options.Tokenizer = None,
-    model_dtype: options.ModelDtype = "float32",
-    device: options.Device = "auto",
+    model_dtype: options.ModelDtype = None,
+    device: options.Device = None,
     json: options.Json = False,
 ) -> None:
     """Show what ghostfunc does with a model, or what an index holds.
@@ -69,7 +69,9 @@ def explain(
         described = describe(Store(target))
         return print_json(described) if json else print_description(described)
     with stdout_is_for_results():
-        settings = _Settings(target, data, batch_size, block_size, layers, tokenizer, str(model_dtype), str(device))
+        settings = _Settings(
+            target, data, batch_size, block_size, layers, tokenizer, model_dtype or "float32", device or "auto"
+        )
         plan = _plan(settings)
     if json:
         print_json(as_json(plan))

@@ -22,6 +22,14 @@ _COLUMNS = (
 )
 
 
+def text_of(corpus: Corpus, sample: int) -> str | None:
+    """The text of a sample; None where it is token ids of which nobody knows the tokenizer."""
+    try:
+        return corpus.text(sample)
+    except ValueError:
+        return None
+
+
 class Sample(NamedTuple):
     """A row of a store, for people.
 
@@ -46,7 +54,7 @@ def samples_of(store: Store, corpora: Mapping[str, Corpus], hits: Iterable[Hits]
     samples = {}
     for about in store.sample_rows(rows).to_pylist():
         source = next(name for name, span in store.sources.items() if about["row"] in span)
-        text = corpora[source].text(about["sample_id"]) if source in corpora else None
+        text = text_of(corpora[source], about["sample_id"]) if source in corpora else None
         samples[about["row"]] = Sample({**about, "source": source}, text)
     return samples
 
@@ -61,8 +69,10 @@ def listed(hits: Hits, query: int, samples: Mapping[int, Sample]) -> list[dict[s
     ]
 
 
-def hit_table(title: str, hits: Iterable[Mapping[str, Any]]) -> Table:
-    """Hits for people; the text is cut to the line."""
+def hit_table(query: Mapping[str, Any], hits: Iterable[Mapping[str, Any]], beside: str = "") -> Table:
+    """Hits of a query for people, under its text and what is said beside it; texts are cut to the line."""
+    asked = "(token ids)" if query["text"] is None else one_line(query["text"], 80)
+    title = f"{query['query'] + 1}. {asked}  {beside}".rstrip()
     rows = [
         (
             str(hit["rank"]),

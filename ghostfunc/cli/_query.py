@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from torch import Tensor
 
 from ghostfunc.cli import _options as options
-from ghostfunc.cli._console import one_line, print_json, results, say, stdout_is_for_results
+from ghostfunc.cli._console import print_json, results, say, stdout_is_for_results
 from ghostfunc.cli._failures import ends_well
-from ghostfunc.cli._hits import HELPS, Sample, hit_table, listed, samples_of
+from ghostfunc.cli._hits import HELPS, Sample, hit_table, listed, samples_of, text_of
 from ghostfunc.cli._open_index import Index, open_corpora, open_index, open_queries
 from ghostfunc.cli._precondition import check_precondition, preconditioner
 from ghostfunc.cli._progress import progress
@@ -51,7 +51,7 @@ def query(
     ] = False,
     model: options.MovedModel = None,
     data: options.MovedData = None,
-    device: options.Device = "auto",
+    device: options.Device = None,
     json: options.Json = False,
 ) -> None:
     """Find the samples of an index whose gradients agree most with those of queries.
@@ -67,7 +67,7 @@ def query(
     """
     with stdout_is_for_results():
         check_precondition(precondition)
-        index = open_index(folder, model=model, device=str(device))
+        index = open_index(folder, model=model, device=device or "auto")
         queries = open_queries(index, prompts or [], file)
         rows, losses = _project(index, queries)
         how: dict[str, Any] = {"metric": metric, "precondition": preconditioner(index.store, precondition, damping)}
@@ -93,7 +93,7 @@ def query(
         )
     else:
         _print(found)
-        if metric == "dot":
+        if precondition is None:  # which may turn the sign of a score
             print(HELPS)
 
 
@@ -129,7 +129,7 @@ def _found(queries: Corpus, losses: Tensor, by_layer: dict[str, Hits], samples: 
         hits = {layer: listed(best, number, samples) for layer, best in by_layer.items()}
         loss = float(losses[number])
         kept = {"hits": hits[""]} if list(hits) == [""] else {"layers": hits}
-        found.append({"query": number, "text": queries.text(number), "loss": loss, **kept})
+        found.append({"query": number, "text": text_of(queries, number), "loss": loss, **kept})
     return found
 
 
@@ -137,6 +137,5 @@ def _print(found: list[dict[str, Any]]) -> None:
     console = results()
     for each in found:
         for layer, hits in each.get("layers", {"": each.get("hits")}).items():
-            title = f"{each['query'] + 1}. {one_line(each['text'], 80)}  (loss {each['loss']:.3f} nats per token)"
-            console.print(hit_table(f"{title}  {layer}".rstrip(), hits))
+            console.print(hit_table(each, hits, f"(loss {each['loss']:.3f} nats per token)  {layer}"))
             console.print()

@@ -45,7 +45,7 @@ def report(
     damping: options.Damping = 0.1,
     model: options.MovedModel = None,
     data: options.MovedData = None,
-    device: options.Device = "auto",
+    device: options.Device = None,
     json: options.Json = False,
 ) -> None:
     """Write a self-contained HTML page about an index and some queries.
@@ -62,7 +62,7 @@ def report(
 
     with stdout_is_for_results():
         check_precondition(precondition)
-        index = open_index(folder, model=model, device=str(device))
+        index = open_index(folder, model=model, device=device or "auto")
         queries = _queries(index, prompts or [], file, held_out)
         corpora, missing = open_corpora(index, data or [])
         for sentence in missing:

@@ -9,10 +9,10 @@ import torch
 
 from ghostfunc.cli import _options as options
 from ghostfunc.cli._config import ScoreConfig
-from ghostfunc.cli._console import one_line, print_json, results, stdout_is_for_results
+from ghostfunc.cli._console import print_json, results, stdout_is_for_results
 from ghostfunc.cli._describe import describe
 from ghostfunc.cli._failures import ends_well
-from ghostfunc.cli._hits import HELPS, hit_table, listed, samples_of
+from ghostfunc.cli._hits import HELPS, hit_table, listed, samples_of, text_of
 from ghostfunc.cli._library import open_data, open_model, open_own_data
 from ghostfunc.cli._progress import progress
 from ghostfunc.cli._run_files import file_of, save
@@ -84,7 +84,7 @@ def score(
         return
     console = results()
     for each in found:
-        console.print(hit_table(f"{each['query'] + 1}. {one_line(each['text'], 90)}", each["hits"]))
+        console.print(hit_table(each, each["hits"]))
         console.print()
     if found:
         print(HELPS)
@@ -135,6 +135,6 @@ def _found(store: Store, corpus: Corpus, queries: Corpus, k: int) -> list[dict[s
     hits = search(store, torch.eye(store.dim), k)  # a column of the scores is its product with a unit vector
     samples = samples_of(store, {corpus.name: corpus}, [hits])
     return [
-        {"query": number, "text": queries.text(number), "hits": listed(hits, number, samples)}
+        {"query": number, "text": text_of(queries, number), "hits": listed(hits, number, samples)}
         for number in range(len(queries))
     ]
