@@ -73,9 +73,9 @@ class GhostEngineManager(GradDotProdEngine):
         self.is_regular = self.method == "Regular"
         if not self.is_regular and val_data is None:
             raise ValueError("GradDotProd needs val_data=(X_val, Y_val), the batch that the dots refer to.")
-        if not self.is_regular and _world_size() > 1:
+        if not self.is_regular and world_size() > 1:
             raise NotImplementedError(
-                f"GradDotProd runs in one process; this one is of {_world_size()}, and gradients would not be reduced "
+                f"GradDotProd runs in one process; this one is of {world_size()}, and gradients would not be reduced "
                 'over them. Start one process, or use method="Regular".'
             )
         super().__init__(
@@ -119,7 +119,8 @@ def _as_dict(config: Any) -> dict[str, Any]:
     return dict(vars(config))
 
 
-def _world_size() -> int:
+def world_size() -> int:
+    """Ranks of the default process group; 1 without one."""
     distributed = torch.distributed
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from ghostfunc._engine_autocast import FLOAT16_LOSS_SCALE, Autocast, functionalized
 from ghostfunc._engine_batch import as_batch, require_one_of, size_of
+from ghostfunc._engine_manager import world_size
 from ghostfunc._functionalize import LossFn, _default_call
 from ghostfunc._kronecker import KroneckerProjection
 from ghostfunc._losses import causal_lm_loss
@@ -106,10 +107,10 @@ class GradProjEngine:
             raise ValueError(f"proj_save_interval={proj_save_interval}: expected a number of batches, 1 or more.")
         if proj_dir is not None:
             import_pyarrow("a GradProjEngine with proj_dir")
-        if _world_size() > 1:
+        if world_size() > 1:
             raise NotImplementedError(
-                f"GradProjEngine runs in one process; this one is of {_world_size()}, which would write over each "
-                "other. Start one process."
+                f"GradProjEngine runs in one process; this one is of {world_size()}, which would write over each "
+                "other's rows. Start one process."
             )
         self.module = module
         self.loss_fn = loss
@@ -186,7 +187,9 @@ class GradProjEngine:
             )
         labels = names_of(sample_ids, names)
         rows, losses = self._project(batch, labels)
-        _require("projection of {} is not finite", rows.isfinite().all(1), labels, "Look at these samples.")
+        _require(
+            "projection of {} is not finite", rows.isfinite().all(1), labels, "Look at these samples, or at the dtype."
+        )
         stored = rows.to("cpu", DTYPES[self.proj_dtype])
         remedy = 'Use proj_dtype="bfloat16" or "float32".'
         _require("projection of {} does not fit into " + self.proj_dtype, stored.isfinite().all(1), labels, remedy)
@@ -272,7 +275,7 @@ class GradProjEngine:
         }
 
     def _as_batch(self, batch: Any) -> Any:
-        X, Y = batch if isinstance(batch, (tuple, list)) else (batch, None)
+        X, Y = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
         return as_batch(X, Y, is_text=self.loss_fn is causal_lm_loss)
 
     def _make_projection(self, batch: Any) -> None:
@@ -396,8 +399,3 @@ def _samples(sample_ids: list[int], domains: list[str], losses: Tensor) -> Any:
             "loss": pyarrow.array(losses.float().cpu().numpy(), pyarrow.float32()),
         }
     )
-
-
-def _world_size() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

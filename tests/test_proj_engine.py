@@ -11,7 +11,6 @@ from test_engine import TASKS, Task, batches, flat_grad, gpt2, mlp
 from torch import Tensor, nn
 
 import ghostfunc as gf
-from ghostfunc import _proj_engine
 from ghostfunc.index import Store, StoreError
 
 N = 4
@@ -83,6 +82,30 @@ def test_options_reach_the_projection(kind: str) -> None:
         described["columns"],
     )
     assert layer["slice"] == [0, layer["k_i"] * layer["k_o"]] and engine.metadata["dim"] == layer["slice"][1]
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.layers(x - y)
+
+
+@pytest.mark.parametrize("kind", ["tuple", "list", "dict"])
+def test_batches_of_several_inputs(kind: str) -> None:
+    x, y, labels = torch.randn(N, 5).double(), torch.randn(N, 5).double(), torch.tensor([0, 1, 2, 0])
+    batch = {"tuple": (x, y, labels), "list": [x, y, labels], "dict": {"x": x, "y": y, "labels": labels}}[kind]
+    model = TwoInputs()
+    engine = gf.GradProjEngine(model, loss=gf.classification_loss, proj_rank_total=16)
+    rows = engine.collect_batch(batch)
+    assert engine.projection is not None
+    losses = torch.nn.functional.cross_entropy(model(x, y), labels, reduction="none")
+    for row, loss in zip(rows, losses, strict=True):
+        (gradient,) = torch.autograd.grad(loss, [model.layers[0].weight], retain_graph=True)
+        expected = engine.projection.project({"layers.0.weight": gradient})
+        assert (row - expected).norm() <= 1e-10 * expected.norm()
 
 
 # ---------------------------------------------------------------- non-interference
@@ -379,7 +402,8 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         engine_of(model, TASKS["mlp"], proj_dtype="float64")
     with pytest.raises(ValueError, match="proj_save_interval=0"):
         engine_of(model, TASKS["mlp"], proj_save_interval=0)
-    monkeypatch.setattr(_proj_engine, "_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(NotImplementedError, match="one process"):
         engine_of(model, TASKS["mlp"])
 
