@@ -105,7 +105,7 @@ def run_folder(folder: Path, steps: list[int], **configuration) -> Path:
     return folder
 
 
-def test_a_run_of_the_training_example(tmp_path):
+def test_a_run_of_the_training_example(tmp_path, monkeypatch):
     tokenizer(tmp_path / "data" / "tokenizer")
     run = run_folder(tmp_path / "run", [9, 10], data_dir=str(tmp_path / "data"))
     model = load_model(run)
@@ -114,6 +114,8 @@ def test_a_run_of_the_training_example(tmp_path):
     assert torch.equal(model.module.lm_head.weight, load_model(newest).module.lm_head.weight)
     assert len(load_model(newest).tokenizer) == 30
     assert model.fingerprint != load_model(run / "checkpoint" / "step-00000009").fingerprint
+    monkeypatch.chdir(newest)
+    assert len(load_model(".").tokenizer) == 30
 
 
 def test_a_run_before_its_first_step(tmp_path):

