@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shared import dataloader, domain_list
-from shared.dataloader import TOKEN, Corpora, TokenCorpus, load_corpora
+from shared.dataloader import TOKEN, Corpora, TokenCorpus, load_corpora, load_corpus
 from shared.domain_list import PILE_DOMAINS, SPLITS, domain_file, domain_file_name
 
 BLOCK = 8
@@ -49,6 +49,36 @@ def test_file_names():
     for impossible in ("", "()", "../..", "a\nb", "x" * 300):
         with pytest.raises(ValueError, match="cannot name a file"):
             domain_file_name(impossible)
+
+
+def test_blocks_in_order_go_through_one_domain_after_the_other(data_dir):
+    corpus = load_corpus(data_dir, "train", "prose,code", block_size=BLOCK)
+    assert corpus.blocks == 60
+    expected = [("prose", BLOCK * i) for i in range(20)] + [("code", BLOCK * i) for i in range(40)]
+    tokens, offsets, domains = corpus.in_order(18, 23)
+    assert list(zip(domains, offsets, strict=True)) == expected[18:23]
+    assert tokens[:, 0].tolist() == [FIRST_ID[domain] + offset for domain, offset in expected[18:23]]
+    for start, stop in ((0, 61), (5, 5), (-1, 3)):
+        with pytest.raises(ValueError, match="among the 60"):
+            corpus.in_order(start, stop)
+
+
+def test_a_fingerprint_is_of_the_first_blocks_alone(data_dir, monkeypatch):
+    def fingerprint(blocks, wanted="prose,code", block_size=BLOCK):
+        return load_corpus(data_dir, "train", wanted, block_size=block_size).fingerprint(blocks)
+
+    found = fingerprint(25)
+    assert len({found, fingerprint(24), fingerprint(25, "code,prose"), fingerprint(25, block_size=BLOCK // 2)}) == 4
+    monkeypatch.setattr(dataloader, "_TOKENS_READ_AT_ONCE", 3)
+    assert fingerprint(25) == found
+    code = domain_file(data_dir, "train", "code")
+    ids = np.fromfile(code, TOKEN)
+    ids[BLOCK * 5] += 1  # the first token of what 25 blocks leave out
+    ids.tofile(code)
+    assert fingerprint(25) == found
+    ids[BLOCK * 5 - 1] += 1
+    ids.tofile(code)
+    assert fingerprint(25) != found
 
 
 def test_samples_are_blocks_of_their_domain(data_dir):
