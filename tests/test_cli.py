@@ -128,6 +128,11 @@ def test_data_is_added_with_the_settings_of_the_index(world: Path, index: Path) 
     assert texts[0] == text_of(0)[1] and texts[22] == text_of(102)[1]
     assert {hit["source"] for hit in hits} == {"texts", "more"}
 
+    (world / "other").mkdir()
+    namesake = make_texts(world / "other" / "more.jsonl", range(200, 203))
+    assert as_json("index", namesake, "-o", grown, "--append")["sources"]["more-2"] == 3
+    assert as_json("index", namesake, "-o", grown, "--append")["run"]["tokens"] == 0
+
 
 def test_other_settings_for_a_folder_are_refused(world: Path, index: Path) -> None:
     said = complaint("index", "-c", index / "run.yaml", "--rank", 8)

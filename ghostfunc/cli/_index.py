@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 from ghostfunc.cli import _options as options
@@ -16,6 +17,8 @@ from ghostfunc.cli._library import open_model, open_own_data, projection_of
 from ghostfunc.cli._progress import progress
 from ghostfunc.cli._run_files import file_of, run_file, run_files, save
 from ghostfunc.index import Store, build_index
+from ghostfunc.index._manifest import read_sources
+from ghostfunc.text import Corpus
 
 _PROJECTION = options.PROJECTION
 
@@ -105,8 +108,9 @@ def index(
     print_description(describe(store))
     print(f"  {'this run':<12}{tokens:,} tokens in {seconds:,.1f} s")
     if store.complete:
-        print(f"\nAsk it:      ghostfunc query {store.folder} 'A prompt'")
-        print(f"Look at it:  ghostfunc report {store.folder} 'A prompt'")
+        folder = quote(str(store.folder))
+        print(f"\nAsk it:      ghostfunc query {folder} 'A prompt'")
+        print(f"Look at it:  ghostfunc report {folder} 'A prompt'")
 
 
 def _build(settings: IndexConfig, file: Path, process: int, processes: int) -> int:
@@ -117,6 +121,8 @@ def _build(settings: IndexConfig, file: Path, process: int, processes: int) -> i
     """
     opened = open_model(settings.model, dtype=settings.model_dtype, device=settings.device)
     corpus = open_own_data(settings, opened)
+    if settings.append:
+        corpus.name = _name_among(Path(settings.out), corpus)
     projection = projection_of(settings, opened, corpus, begun=bool(run_files(Path(settings.out))))
     computed = -1
     with progress("indexing") as report:
@@ -144,3 +150,10 @@ def _build(settings: IndexConfig, file: Path, process: int, processes: int) -> i
             progress=told,
         )
     return max(computed, 0)
+
+
+def _name_among(folder: Path, corpus: Corpus) -> str:
+    """The name of a corpus in an index: the one that it has there, or one that no other has."""
+    there = {source.fingerprint: source.name for source in read_sources(folder)}
+    names = (corpus.name, *(f"{corpus.name}-{number}" for number in range(2, len(there) + 2)))
+    return there.get(corpus.fingerprint) or next(name for name in names if name not in there.values())
