@@ -248,9 +248,10 @@ def main() -> None:
         cosines = similarities(args.proj_dir, len(texts))
     except (ValueError, StoreError) as error:
         sys.exit(str(error))
-    within, across = within_and_across(texts, cosines)
     print(f"\nRead back from {args.proj_dir}:\n{table(texts, cosines)}")
-    print(f"\nMean cosine of two passages of one domain {within:.2f}, of two domains {across:.2f}")
+    within, across = within_and_across(texts, cosines)
+    if not math.isnan(within + across):
+        print(f"\nMean cosine of two passages of one domain {within:.2f}, of two domains {across:.2f}")
 
 
 if __name__ == "__main__":
