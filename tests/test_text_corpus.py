@@ -17,7 +17,7 @@ import torch
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ghostfunc.text import Document, TextCorpus, TokenCorpus, load_tokenizer, open_corpus
@@ -64,6 +64,16 @@ def pieced() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=unigram)
 
 
+def normalized() -> PreTrainedTokenizerFast:
+    """Characters without accents and ligatures, of a text that is not the one that was given: "ﬁ" is "f" and "i"."""
+    vocabulary = {"?": 0} | {c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz", 1)}
+    pieces = Tokenizer(models.WordPiece(vocabulary, unk_token="?", continuing_subword_prefix=""))
+    steps = [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase(), normalizers.Strip()]
+    pieces.normalizer = normalizers.Sequence(steps)  # pyright: ignore[reportAttributeAccessIssue]
+    pieces.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    return PreTrainedTokenizerFast(tokenizer_object=pieces)
+
+
 def covers(corpus: TextCorpus, texts: list[str], block_size: int) -> None:
     """Every text is its samples one after the other, and each sample is its tokens'."""
     rows = corpus.samples(0, len(corpus)).to_pylist()
@@ -100,11 +110,21 @@ def check_samples(tokenizer, block_size: int) -> None:
         ]
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=4), st.integers(1, 5))
+CHARACTERS = st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("abﬁé \nİß世👩"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.text(CHARACTERS), min_size=1, max_size=4), st.integers(1, 5))
 def test_any_text_is_covered(texts, block_size):
     if any(texts):
         covers(TextCorpus.of(texts, tokenizer=BPE, block_size=block_size), texts, block_size)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text(CHARACTERS), st.integers(1, 5))
+def test_any_text_that_is_normalized_is_covered(text, block_size):
+    text = f"a{text}"  # so that there is a token
+    covers(TextCorpus.of([text], tokenizer=normalized(), block_size=block_size), [text], block_size)
 
 
 def test_a_character_of_several_tokens_is_the_first_ones():
