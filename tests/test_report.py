@@ -1,6 +1,7 @@
 """From an index to a page: scores, both ends of the ranking, domains and spreads against plain numpy."""
 
 import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -239,6 +240,23 @@ def test_an_index_without_domains_or_losses(case, tmp_path):
     assert data.means.domains == ("no domain",)
     assert all(passage.loss is None and passage.document == "" for passage in data.queries[0].most)
     assert "None" not in render(data)
+
+
+def test_rows_of_another_model_are_told(case, tmp_path):
+    """Where a store has no fingerprint of its model to tell by."""
+    from ghostfunc.index import StoreWriter
+
+    def notices(rows):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        writer = StoreWriter(folder, dim=case.projection.dim, dtype="float32", slices=case.projection.slices)
+        source = writer.source("first", fingerprint=case.first.fingerprint, rows=None)
+        source.append(torch.from_numpy(rows).float(), case.first.samples(0, len(case.first)))
+        return " ".join(case.collect(store=Store(folder), corpora=[case.first]).notices)
+
+    rows = case.rows[: len(case.first)]
+    assert "rows are not of this model" not in notices(rows)
+    told = re.search(r"In (\d+) of 18 passages the stored row differs", notices(np.roll(rows, 1, axis=1)))
+    assert told is not None and int(told[1]) > 9
 
 
 def test_what_does_not_belong_to_the_index_is_refused(case):

@@ -80,7 +80,7 @@ def collect_report(
         title=title or f"What supports these queries in {', '.join(store.sources)}?",
         facts=facts_of(store, samples, projection, described, metric, preconditioned),
         parameters=parameters_of(projection),
-        notices=notices_of(store, projection, described, texts.missing),
+        notices=notices_of(store, projection, described, texts.missing, shown),
         metric=metric,
         dim=store.dim,
         random=projection.kind in KINDS,

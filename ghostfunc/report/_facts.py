@@ -11,10 +11,17 @@ import pyarrow as pa
 from ghostfunc._call import Params
 from ghostfunc._kronecker import KroneckerProjection
 from ghostfunc.index import Store, StoreError, model_fingerprint
+from ghostfunc.report._data import Highlights, Query
 
 RANKED_BY = {"dot": "inner product", "cosine": "cosine"}
 TIMES = " \N{MULTIPLICATION SIGN} "
+DISAGREEMENT = 0.1
 SHOWN_DIGITS = 12  # of a fingerprint
+
+
+def _disagrees(highlights: Highlights) -> bool:
+    carried = sum(map(abs, highlights.scores)) + abs(highlights.elsewhere)
+    return abs(highlights.remainder) > DISAGREEMENT * carried
 
 
 def check_identity(store: Store, params: Params, projection: KroneckerProjection) -> None:
@@ -87,7 +94,11 @@ def parameters_of(projection: KroneckerProjection) -> tuple[tuple[str, str, str]
 
 
 def notices_of(
-    store: Store, projection: KroneckerProjection, model: Mapping[str, Any], without_text: Sequence[str]
+    store: Store,
+    projection: KroneckerProjection,
+    model: Mapping[str, Any],
+    without_text: Sequence[str],
+    queries: Sequence[Query],
 ) -> tuple[str, ...]:
     """What a reader must know before reading on."""
     found = []
@@ -105,5 +116,12 @@ def notices_of(
         found.append(
             f"{count} of {len(projection.parts)} parameters {'is' if count == 1 else 'are'} smaller than the rank that "
             "was asked for, and kept with as many numbers as they have."
+        )
+    passages = [passage for query in queries for passage in (*query.most, *query.least)]
+    marked = [passage.highlights for passage in passages if passage.highlights is not None]
+    if doubtful := sum(map(_disagrees, marked)):
+        found.append(
+            f"In {doubtful} of {len(marked)} passages the stored row differs by more than a tenth from what the "
+            "tokens carry: rounding is coarse, or these rows are not of this model."
         )
     return tuple(found)

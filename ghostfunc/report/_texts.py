@@ -91,7 +91,7 @@ class Highlighter:
             }
             scores = token_scores(self._model_fn, self._params, batch, self._projection, query)
             self.untokened |= dict.fromkeys(scores.untokened)
-            shares = zip(rows, scores.tokens.double().cpu(), scores.elsewhere.tolist(), strict=True)
+            shares = zip(rows, scores.tokens.cpu().double(), scores.elsewhere.tolist(), strict=True)
             for row, tokens, elsewhere in shares:
                 pieces = tuple(corpus.token_texts(places[row].sample))
                 own = tuple(tokens[: len(pieces)].tolist())
