@@ -3,7 +3,7 @@
     python compute_full_gradients.py RUN_FOLDER --num_samples 4
 
 Each sample's gradient becomes `full_gradients/sample-<row>.safetensors` in the run's folder: every parameter's, in the
-model's dtype. Ends with an error where a row is not the projection of the gradient.
+model's dtype. Ends with an error where a row of a run in float32 is not the projection of the gradient.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from shared.training_utils import lm_losses
 
 GRADIENTS = "full_gradients"
 # Of a row's norm: what rounding to the stored dtype takes, and the two ways of computing in float32.
-TOLERANCES = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 1e-2}
+TOLERANCES = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 4e-3}
 
 
 def main(argv: Sequence[str] | None = None) -> float:
@@ -54,22 +54,22 @@ def main(argv: Sequence[str] | None = None) -> float:
     run, projection = projector.run, projector.engine.projection
     assert projection is not None
     count = min(options.num_samples, store.rows)
+    if count == 0:
+        parser.exit(2, f"{parser.prog}: error: {options.run} has no rows yet: run main.py first\n")
     rows = store.read(0, count).to(run.device)
     names = store.samples(["sample_id", "domain"]).slice(0, count).to_pylist()
     folder = options.run / GRADIENTS
     folder.mkdir(exist_ok=True)
-    worst = 0.0
+    errors = []
     for row, (name, gradient) in enumerate(zip(names, full_gradients(run, count), strict=True)):
         save_file(gradient, folder / f"sample-{row:06d}.safetensors", metadata={k: str(v) for k, v in name.items()})
         projected = projection.project(gradient)
-        error = ((rows[row] - projected).norm() / projected.norm()).item()
-        worst = max(worst, error)
-        print(
-            f"{name['domain']} {name['sample_id']}: stored row against projected gradient, relative error {error:.1e}"
-        )
-    allowed = max(TOLERANCES[dtype] for dtype in (run.options.proj_dtype, run.options.model_dtype))
-    exact = run.options.train_dtype == "float32"
-    if exact and not worst <= allowed:  # not >: NaN is no agreement
+        errors.append((rows[row] - projected).norm() / projected.norm())
+        print(f"{name['domain']} {name['sample_id']}: the stored row is off by {errors[-1]:.1e} of its norm")
+    worst, allowed = torch.stack(errors).max().item(), TOLERANCES[run.options.proj_dtype]
+    if run.options.train_dtype != "float32":
+        print(f"Not judged: in {run.options.train_dtype}, a batch of one rounds otherwise than one of more.")
+    elif not worst <= allowed:  # not >: NaN is no agreement
         parser.exit(1, f"{parser.prog}: error: {worst:.1e} is more than {allowed:.0e}, which rounding explains\n")
     print(f"gradients of {count} samples: {folder}")
     return worst

@@ -105,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--block_size", type=positive, default=1024, help="tokens of a sample")
     add("--train_set", default="pile", help="pile, comma-separated domain names, or a folder of .bin files")
     add("--data_dir", help="tokenized data; over PILE_DATA_DIR, over config_file.py")
-    add("--output_dir", help="the run's folder (default: a folder of its own in RESULTS_DIR)")
+    add("--output_dir", help="the run's folder; without it one of its own in RESULTS_DIR")
     add("--model_dtype", choices=list(DTYPES), default="float32", help="of the weights")
     add(
         "--train_dtype",
