@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from cli_world import content, make_model, make_texts
 
 from ghostfunc.index import Store
 
-SAMPLES = 16
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 # Runs the first command that it reads itself, and so imports everything once, and each that follows in a process of its
 # own. It answers with the process, and then with its end.
@@ -31,17 +32,41 @@ for line in sys.stdin:
 COMMAND = [sys.executable, "-c", "from ghostfunc.cli import main; main()"]
 
 
+class Commands:
+    """The server, asked from here."""
+
+    def __init__(self) -> None:
+        piped = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
+        self._server = subprocess.Popen([sys.executable, "-c", SERVER], **piped)
+        assert self._server.stdin and self._server.stdout
+        self._asked = self._server.stdin
+        self._lines = iter(self._server.stdout.readline, "")
+
+    def __enter__(self) -> "Commands":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.__exit__(None, None, None)
+
+    def ask(self, arguments: list[str]) -> None:
+        print(*arguments, file=self._asked, flush=True)
+
+    def answer(self, word: str) -> int:
+        return int(next(line for line in self._lines if line.startswith(word)).split()[1])
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     make_model(folder / "model")
-    make_texts(folder / "texts.jsonl", range(SAMPLES))
+    make_texts(folder / "few.jsonl", range(16))
+    make_texts(folder / "many.jsonl", range(80))
     return folder
 
 
-def arguments(world: Path, out: str) -> list[str]:
+def arguments(world: Path, data: str, out: str) -> list[str]:
     # One sample a shard and a batch: the more to be killed between.
-    run = f"index {world}/texts.jsonl --model {world}/model --out {world}/{out} --shard-rows 1 --token-budget 1"
+    run = f"index {world}/{data}.jsonl --model {world}/model --out {world}/{out} --shard-rows 1 --token-budget 1"
     return [*run.split(), "--rank", "16", "--min-rank", "2", "--block-size", "64"]
 
 
@@ -50,75 +75,60 @@ def shards(folder: Path) -> int:
 
 
 def test_killed_three_times(world: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    piped = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
     randomly = random.Random(0)
     partly = []
-    with subprocess.Popen([sys.executable, "-c", SERVER], **piped) as server:
-        assert server.stdin and server.stdout
-        lines = iter(server.stdout.readline, "")
-
-        def answer(word: str) -> int:
-            return int(next(line for line in lines if line.startswith(word)).split()[1])
-
-        def start(out: str) -> None:
-            print(*arguments(world, out), file=server.stdin, flush=True)
-
-        start("whole")
+    with Commands() as commands:
+        commands.ask(arguments(world, "few", "whole"))
         for after in (1, 5, 10):
-            start("killed")
-            child = answer("started")
+            commands.ask(arguments(world, "few", "killed"))
+            child = commands.answer("started")
             while shards(world / "killed") < after:
                 time.sleep(0.001)
             time.sleep(randomly.uniform(0, 0.01))
             os.kill(child, signal.SIGKILL)
-            assert answer("ended") == -signal.SIGKILL
+            assert commands.answer("ended") == -signal.SIGKILL
             partly.append(shards(world / "killed"))
-        start("killed")
-        assert answer("ended") == 0
-    assert partly == sorted(partly) and partly[0] >= 1 and partly[-1] < SAMPLES, "each kill left a part"
+        commands.ask(arguments(world, "few", "killed"))
+        assert commands.answer("ended") == 0
+    assert partly == sorted(partly) and partly[0] >= 1 and partly[-1] < 16, "each kill left a part"
     assert content(world / "killed") == content(world / "whole")
     Store(world / "killed").verify()
 
 
 @pytest.mark.slow
-def test_killed_twenty_times(world: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def start(out: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [*COMMAND, *arguments(world, out)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
-        )
-
-    began = time.monotonic()
-    whole = start("once")
-    assert whole.communicate() and whole.returncode == 0
-    seconds = time.monotonic() - began
+def test_killed_at_twenty_random_moments(world: Path) -> None:
     randomly = random.Random(0)
-    killed = finished = 0
-    while killed < 20 or not finished:
-        out = f"often-{finished}"
-        running = start(out)
-        try:
-            running.communicate(timeout=randomly.uniform(0, seconds) if killed < 20 else None)
-        except subprocess.TimeoutExpired:
-            running.kill()
-            running.communicate()
-        assert running.returncode in (0, -signal.SIGKILL)
-        if running.returncode:
-            killed += 1
-            continue
-        assert content(world / out) == content(world / "once")
-        Store(world / out).verify()
-        finished += 1
+    killed, finished = 0, 0
+    with Commands() as commands:
+        commands.ask(arguments(world, "few", "warm"))
+        commands.ask(arguments(world, "many", "once"))
+        commands.answer("started")
+        began = time.monotonic()
+        assert commands.answer("ended") == 0
+        seconds = time.monotonic() - began
+        while killed < 20 or not finished:
+            out = f"often-{finished}"
+            commands.ask(arguments(world, "many", out))
+            child = commands.answer("started")
+            if killed < 20:
+                time.sleep(randomly.uniform(0, seconds))
+                with suppress(ProcessLookupError):  # it may have finished
+                    os.kill(child, signal.SIGKILL)
+            ended = commands.answer("ended")
+            assert ended in (0, -signal.SIGKILL)
+            if ended:
+                killed += 1
+                continue
+            assert content(world / out) == content(world / "once")
+            Store(world / out).verify()
+            finished += 1
 
 
 @pytest.mark.slow
 def test_a_reader_that_goes_away_and_an_interruption_are_quiet(world: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = subprocess.Popen(
         [*COMMAND, "explain", f"{world}/model"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment,
+        env=ENVIRONMENT,
     )  # fmt: skip
     assert running.stdout and running.stderr
     running.stdout.close()
@@ -127,8 +137,8 @@ def test_a_reader_that_goes_away_and_an_interruption_are_quiet(world: Path) -> N
     assert running.wait() == 141 and "Traceback" not in said and "Exception" not in said
 
     running = subprocess.Popen(
-        [*COMMAND, *arguments(world, "interrupted")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment,
+        [*COMMAND, *arguments(world, "few", "interrupted")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=ENVIRONMENT,
     )  # fmt: skip
     while not shards(world / "interrupted"):
         time.sleep(0.001)
