@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from ghostfunc.index._batches import Batch, NotFinite, in_order, not_finite
 from ghostfunc.index._models import model_fingerprint
 from ghostfunc.index._shards import Shard
 from ghostfunc.index._store import Store
-from ghostfunc.index._writer import StoreWriter
+from ghostfunc.index._writer import StoreWriter, explained
 from ghostfunc.text import Corpus
 
 PROJECTION_FILE = "projection.safetensors"
@@ -91,7 +90,8 @@ def build_index(
         corpus.name, fingerprint=corpus.fingerprint, rows=len(corpus), shard_rows=shard_rows, append=append
     )
     if rank == 0:
-        projection.save(Path(folder) / PROJECTION_FILE)
+        with explained(writer.folder):
+            projection.save(writer.folder / PROJECTION_FILE)
     device = next(iter(params.values())).device
     projection = projection.to(device)
 
