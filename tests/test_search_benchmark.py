@@ -44,3 +44,13 @@ def test_the_table_in_the_docs_is_that_of_the_results(script: ModuleType) -> Non
     results = json.loads(script.RESULTS.read_text())
     assert results["store"]["rows"] == 10_000_000
     assert script.table(results) in (ROOT / "docs" / "index.md").read_text()
+
+
+def test_the_table_of_reading_speed_is_that_of_its_results() -> None:
+    spec = importlib.util.spec_from_file_location("benchmark_store", ROOT / "benchmarks" / "store.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    results = json.loads((ROOT / "benchmarks" / "results" / "store.json").read_text())
+    assert module.table(results) in (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert set(results["megabytes_a_second"]) == set(module.DTYPES)

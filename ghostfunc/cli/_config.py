@@ -47,7 +47,7 @@ class RunConfig:
     limit: int | None = None
     text_field: str = "text"
     domain_field: str | None = None
-    token_budget: int = 4096
+    token_budget: int = 2048
     shard_rows: int = 1024
 
     command: ClassVar[str]

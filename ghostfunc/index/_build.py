@@ -33,7 +33,7 @@ def build_index(
     *,
     model: str = "",
     dtype: str = "float32",
-    token_budget: int = 4096,
+    token_budget: int = 2048,
     shard_rows: int = 1024,
     rank: int = 0,
     world: int = 1,

@@ -47,7 +47,7 @@ def project_queries(
     corpus: Corpus,
     *,
     precondition: Preconditioner | None = None,
-    token_budget: int = 4096,
+    token_budget: int = 2048,
     reduction: str = "each",
     progress: Progress | None = None,
 ) -> Queries:

@@ -41,7 +41,7 @@ def score_corpus(
     precondition: Preconditioner | None = None,
     layers: Layers = "",
     model: str = "",
-    token_budget: int = 4096,
+    token_budget: int = 2048,
     shard_rows: int = 1024,
     rank: int = 0,
     world: int = 1,

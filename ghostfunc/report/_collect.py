@@ -37,7 +37,7 @@ def collect_report(
     preconditioned: str = "",
     model: Mapping[str, Any] | None = None,
     title: str = "",
-    token_budget: int = 4096,
+    token_budget: int = 2048,
     highlights: bool = True,
 ) -> ReportData:
     """Search a store for queries, and collect what a report shows: the arguments and errors of `write_report`."""

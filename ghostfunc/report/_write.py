@@ -35,7 +35,7 @@ def write_report(
     preconditioned: str = "",
     model: Mapping[str, Any] | None = None,
     title: str = "",
-    token_budget: int = 4096,
+    token_budget: int = 2048,
     highlights: bool = True,
 ) -> Path:
     """Write one self-contained HTML page: queries, the passages that support and oppose them, and what scores mean.
