@@ -138,7 +138,7 @@ def test_other_settings_for_a_folder_are_refused(world: Path, index: Path) -> No
     said = complaint("index", "-c", index / "run.yaml", "--rank", 8)
     assert "--rank is 8" in said and "was begun with 16" in said and "run.yaml" in said
     run("index", "-c", index / "run.yaml", "--token-budget", 64)  # decides nothing but the memory
-    run("index", "-c", index / "run.yaml", "--token-budget", 4096)
+    run("index", "-c", index / "run.yaml", "--token-budget", 2048)
 
 
 def test_settings_of_a_folder_without_an_index_are_not_kept(world: Path) -> None:
