@@ -111,8 +111,9 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             self._process.communicate()
-            self._log.seek(0)
-            raise RuntimeError(last_line(self._log.read()))
+            with self._log:
+                self._log.seek(0)
+                raise RuntimeError(f"ended with status {self._process.returncode}: {last_line(self._log.read())}")
         return json.loads(line)
 
 
@@ -136,15 +137,15 @@ class Runs:
     def take_turns(self, names: Sequence[str], rounds: int) -> None:
         """Start workers for some ways, the plain step among them; let them take turns; end them."""
         workers = [worker for name in names if (worker := self._start(name)) is not None]
-        for r in range(rounds):
+        for _ in range(rounds):
             taken: dict[str, float] = {}
-            at = r % len(workers)
-            for worker in workers[at:] + workers[:at]:
+            for worker in workers:
                 try:
                     taken[worker.name] = worker.seconds()
                 except RuntimeError as error:
                     self._failed(worker.name, error)
             workers = [worker for worker in workers if worker.name in taken]
+            workers = workers[1:] + workers[:1]  # each is the first once
             for name, seconds in taken.items():
                 self.seconds.setdefault(name, []).append(seconds)
                 self.ratios.setdefault(name, []).append(seconds / taken["plain"])

