@@ -99,7 +99,7 @@ def build_index(
         return _rows_and_losses(model_fn, params, batch, projection)
 
     missing = source.missing(rank, world)
-    counter = _Counter(source.shards[rank::world], missing, progress)
+    counter = Counter(source.shards[rank::world], missing, progress)
     for shard in missing:
         rows, losses = in_order(
             corpus, shard.start, shard.stop, compute, token_budget=token_budget, device=device, done=counter.add
@@ -112,7 +112,7 @@ def build_index(
     return Store(folder)
 
 
-class _Counter:
+class Counter:
     """Counts rows and tokens for a progress callback."""
 
     def __init__(self, share: list[Shard], missing: list[Shard], progress: ProgressOf | None) -> None:

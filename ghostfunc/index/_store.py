@@ -291,5 +291,5 @@ def _selected(table: pa.Table, columns: Sequence[str] | None) -> pa.Table:
         return table
     absent = [name for name in columns if name not in table.column_names]
     if absent and table.num_rows:
-        raise StoreError(f"No source has a column {absent[0]!r}; there are {', '.join(table.column_names)}.")
+        raise StoreError(f"No source has a column {absent[0]!r}; store.samples() has every column that there is.")
     return table.select([ROW, *(name for name in columns if name in table.column_names and name != ROW)])
