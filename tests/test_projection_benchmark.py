@@ -20,6 +20,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_every_own_way_is_run_and_every_peer_says_why_not(quick):
     assert list(quick["ways"]) == list(methods.WAYS)
     for name, row in quick["ways"].items():
@@ -30,6 +31,7 @@ def test_every_own_way_is_run_and_every_peer_says_why_not(quick):
             assert row["flops_of_one_sample"] > 0
 
 
+@pytest.mark.slow
 def test_rows_of_both_own_ways_are_explicit_projections_of_explicit_gradients(quick):
     ghostfunc, hooks = quick["ways"]["ghostfunc"], quick["ways"]["hooks"]
     assert ghostfunc["covers"] == hooks["covers"] == 4 * quick["layers"]
@@ -37,6 +39,7 @@ def test_rows_of_both_own_ways_are_explicit_projections_of_explicit_gradients(qu
     assert hooks["difference"] < 1e-5
 
 
+@pytest.mark.slow
 def test_products_are_those_of_the_floor_and_of_the_projections(quick):
     """A plain step has weight gradients, a full backward has both."""
     counted = {name: row["flops_of_one_sample"] for name, row in quick["ways"].items() if "missing" not in row}
@@ -64,6 +67,7 @@ def test_a_difference_is_seen():
     assert explicit.fidelity(torch.ones(4, 4), names)["error"] > 2 * once["error"]
 
 
+@pytest.mark.slow
 def test_a_peer_that_fails_has_its_reason_in_the_results(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "installed", lambda python, peer: f"does not install: no {peer} here")
     runs = benchmark.Runs(Path(sys.executable), "tiny", 1, tmp_path)
