@@ -447,8 +447,9 @@ def _backward(mode: Interpreter, losses: Tensor, want: Want, doubt: str, level: 
     if from_factors:  # factors of parameters that only the gradient needed
         result.factors = {s: f for s, f in result.factors.items() if any(n in want.factors for n in s.tracked.names)}
     result.factors = {site: _factor_out(factor, level) for site, factor in result.factors.items()}
-    for site in mode.sites:  # sites and tracked tensors know each other, and wait for the garbage collector
+    for site in mode.sites:  # nothing that they know waits for the garbage collector
         site.make = site.contract = site.ids = None
+        site.tracked.sites.clear()
     result.grads = {name: _out(grad, level) for name, grad in result.grads.items()}
     return result
 
