@@ -64,7 +64,7 @@ class Joint:
             if site.kind != "outer" or "dots" not in site.taps or site.tracked.root is None:
                 continue
             others = [s for s in by_name[site.tracked.names[0]] if s is not site and meet(s, site)]
-            look_ups = _look_ups(site)
+            look_ups = site.look_ups = _look_ups(site)
             if others and (site.tracked.derivation is not None or any(s not in look_ups for s in others)):
                 continue
             site.treatment = "fused"
@@ -101,8 +101,8 @@ class Joint:
                 if meet(site, other):
                     dots = dots + self._pair(factor.part(0, n), val.part(n, stop))
             for head, values in result.fused.items():
-                if site in _look_ups(head):
-                    dots = dots + self._cross(head, values, _look_ups(head).index(site), factor)
+                if site in head.look_ups:
+                    dots = dots + self._cross(head, values, head.look_ups.index(site), factor)
         return dots
 
     def _pair(self, train: Factor, val: Factor) -> Tensor:

@@ -145,6 +145,7 @@ class Site:
         fused_right: for "fused": activations of all samples, where cross terms with other uses need them.
         rows: with segments: the segment of each row of the result, given where the samples are.
         fallback: whether the operation has no rule.
+        look_ups: for a fused linear map: the look-ups of its weight that ran before it.
         narrowed: whether the activation was projected in the forward, and the factor is of what is left of it.
     """
 
@@ -166,6 +167,7 @@ class Site:
     fused_right: Tensor | None = None
     rows: Callable[[SampleAxis], RowMap | Lost] | None = None
     fallback: bool = False
+    look_ups: list[Site] = field(default_factory=list)
     narrowed: bool = False
 
     @property
