@@ -59,7 +59,7 @@ class Commands:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     make_model(folder / "model")
-    make_texts(folder / "few.jsonl", range(16))
+    make_texts(folder / "few.jsonl", range(32))
     make_texts(folder / "many.jsonl", range(80))
     return folder
 
@@ -90,7 +90,7 @@ def test_killed_three_times(world: Path) -> None:
             partly.append(shards(world / "killed"))
         commands.ask(arguments(world, "few", "killed"))
         assert commands.answer("ended") == 0
-    assert partly == sorted(partly) and partly[0] >= 1 and partly[-1] < 16, "each kill left a part"
+    assert partly == sorted(partly) and partly[0] >= 1 and partly[-1] < 32, "each kill left a part"
     assert content(world / "killed") == content(world / "whole")
     Store(world / "killed").verify()
 
@@ -137,7 +137,7 @@ def test_a_reader_that_goes_away_and_an_interruption_are_quiet(world: Path) -> N
     assert running.wait() == 141 and "Traceback" not in said and "Exception" not in said
 
     running = subprocess.Popen(
-        [*COMMAND, *arguments(world, "few", "interrupted")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [*COMMAND, *arguments(world, "many", "interrupted")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=ENVIRONMENT,
     )  # fmt: skip
     while not shards(world / "interrupted"):
