@@ -52,7 +52,7 @@ PLAIN_STEP_EVERY = 10
 PASSAGE_CHARACTERS = 700  # of each document, so that every domain has about as many samples in the index
 INDEXED = 800
 INDEX_OPTIONS = ["--block-size", "64", "--layers", "attn,mlp", "--rank", "256", "--dtype", "bfloat16"]
-HELD_OUT, QUERY_CHARACTERS = 2, 150  # documents of each domain that are queries, and what of each
+HELD_OUT, QUERY_CHARACTERS = 2, 90  # documents of each domain that are queries, and what of each
 
 
 def main() -> None:
