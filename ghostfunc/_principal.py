@@ -22,6 +22,7 @@ from ghostfunc._blocks import Blocks, Box, place_of
 from ghostfunc._call import Call
 from ghostfunc._factors import Factor, Gather, Later, Outer
 from ghostfunc._nesting import unrecorded
+from ghostfunc._products import sites_by_name
 from ghostfunc._randomness import RandomState
 from ghostfunc._run import Run
 from ghostfunc._sites import Site
@@ -154,11 +155,7 @@ def _add(call: Call, batch: Any, sides: Mapping[str, Sides], moments: Mapping[st
     inside: set[str] = set()
 
     def plan(sites: list[Site]) -> None:
-        of_name: dict[str, list[Site]] = {}
-        for site in sites:
-            for name in site.tracked.names:
-                of_name.setdefault(name, []).append(site)
-        for name, used in of_name.items():
+        for name, used in sites_by_name(sites).items():
             boxes = [_whole_block(site, sides[name].blocks) if name in sides else None for site in used]
             numbers = {box.block for box in boxes if box is not None}
             if len(numbers) == len(used):
