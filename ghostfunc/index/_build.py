@@ -1,7 +1,7 @@
 """Building an index: every sample's projected gradient and loss, shard by shard."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,12 @@ from ghostfunc._kronecker import KroneckerProjection
 from ghostfunc._projection import ghost_grad_proj
 from ghostfunc.index._batches import Batch, NotFinite, in_order, not_finite
 from ghostfunc.index._models import model_fingerprint
-from ghostfunc.index._shards import Shard
+from ghostfunc.index._progress import Counter, Progress
 from ghostfunc.index._store import Store
 from ghostfunc.index._writer import StoreWriter, explained
 from ghostfunc.text import Corpus
 
 PROJECTION_FILE = "projection.safetensors"
-
-ProgressOf = Callable[[int, int, int], object]
 
 
 def build_index(
@@ -39,7 +37,7 @@ def build_index(
     world: int = 1,
     append: bool = False,
     settings: Mapping[str, Any] | None = None,
-    progress: ProgressOf | None = None,
+    progress: Progress | None = None,
 ) -> Store:
     """Write the projected gradient of every sample of a corpus to a folder, or go on with it.
 
@@ -99,7 +97,7 @@ def build_index(
         return _rows_and_losses(model_fn, params, batch, projection)
 
     missing = source.missing(rank, world)
-    counter = Counter(source.shards[rank::world], missing, progress)
+    counter = Counter.of_shards(source.shards[rank::world], missing, progress)
     for shard in missing:
         rows, losses = in_order(
             corpus, shard.start, shard.stop, compute, token_budget=token_budget, device=device, done=counter.add
@@ -110,23 +108,6 @@ def build_index(
         samples = corpus.samples(shard.start, shard.stop).append_column("loss", pa.array(losses.numpy()))
         source.write(shard, rows, samples.append_column("norm", pa.array(rows.norm(dim=1).numpy())))
     return Store(folder)
-
-
-class Counter:
-    """Counts rows and tokens for a progress callback."""
-
-    def __init__(self, share: list[Shard], missing: list[Shard], progress: ProgressOf | None) -> None:
-        self._progress = progress
-        self._total = sum(shard.stop - shard.start for shard in share)
-        self._done = self._total - sum(shard.stop - shard.start for shard in missing)
-        self._tokens = 0
-        self.add(0, 0)
-
-    def add(self, rows: int, tokens: int) -> None:
-        self._done += rows
-        self._tokens += tokens
-        if self._progress is not None:
-            self._progress(self._done, self._total, self._tokens)
 
 
 def _rows_and_losses(

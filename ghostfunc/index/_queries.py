@@ -19,13 +19,13 @@ from ghostfunc._functionalize import ModelFn
 from ghostfunc._kronecker import KroneckerProjection
 from ghostfunc._projection import ghost_grad_proj
 from ghostfunc.index._batches import Batch, in_order, token_batches
+from ghostfunc.index._progress import Counter, Progress
 from ghostfunc.text import Corpus
 
 REDUCTIONS = ("each", "mean")
 
 Gradient = dict[str, Tensor]
 Preconditioner = Callable[[Gradient], Gradient]
-Progress = Callable[[int, int, int], object]
 
 
 class Queries(NamedTuple):
@@ -96,7 +96,7 @@ def project_queries(
         compute,
         token_budget=token_budget,
         device=_device(params),
-        done=_Told(len(corpus), progress).add,
+        done=Counter(len(corpus), progress).add,
     )
     return Queries(rows, losses) if reduction == "each" else Queries(rows.mean(0, True), losses.mean(0, True))
 
@@ -116,7 +116,7 @@ def query_gradients(
     batches = [np.array([i]) for i in range(len(corpus))] if each else token_batches(corpus.lengths, token_budget)
     change = precondition or (lambda gradient: gradient)
     total, loss = {name: torch.zeros_like(params[name]) for name in names}, torch.zeros((), device=_device(params))
-    told = _Told(len(corpus), progress)
+    counter = Counter(len(corpus), progress)
     for indices in batches:
         batch = {name: value.to(_device(params)) for name, value in corpus.batch(indices).items()}
         losses, gradient = _gradient(model_fn, params, batch, names)
@@ -125,7 +125,7 @@ def query_gradients(
         else:
             loss = loss + losses.sum() / len(corpus)
             total = {name: total[name] + gradient[name] / len(corpus) for name in names}
-        told.add(len(indices), int(corpus.lengths[indices].sum()))
+        counter.add(len(indices), int(corpus.lengths[indices].sum()))
     if not each:
         yield loss, change(total)
 
@@ -136,19 +136,6 @@ def check_queries(corpus: Corpus, reduction: str) -> None:
         raise ValueError(f"reduction={reduction!r}: expected {' or '.join(map(repr, REDUCTIONS))}.")
     if not len(corpus):
         raise ValueError(f"the corpus {corpus.name} has no samples, and so no queries.")
-
-
-class _Told:
-    """Tells a progress callback of samples and tokens."""
-
-    def __init__(self, samples: int, progress: Progress | None) -> None:
-        self.samples, self.done, self.tokens = samples, 0, 0
-        self.progress = progress or (lambda done, samples, tokens: None)
-        self.add(0, 0)
-
-    def add(self, samples: int, tokens: int) -> None:
-        self.done, self.tokens = self.done + samples, self.tokens + tokens
-        self.progress(self.done, self.samples, self.tokens)
 
 
 def _device(params: Params) -> torch.device:

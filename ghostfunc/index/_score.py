@@ -22,9 +22,9 @@ from ghostfunc._functionalize import ModelFn
 from ghostfunc._many import ghost_quantities
 from ghostfunc._quantities import Along
 from ghostfunc.index._batches import Batch, in_order
-from ghostfunc.index._build import Counter
 from ghostfunc.index._models import model_fingerprint
-from ghostfunc.index._queries import Preconditioner, Progress, check_queries, query_gradients
+from ghostfunc.index._progress import Counter, Progress
+from ghostfunc.index._queries import Preconditioner, check_queries, query_gradients
 from ghostfunc.index._store import Store
 from ghostfunc.index._writer import StoreWriter
 from ghostfunc.text import Corpus
@@ -111,7 +111,7 @@ def score_corpus(
         corpus.name, fingerprint=corpus.fingerprint, rows=len(corpus), shard_rows=shard_rows, append=append
     )
     missing = source.missing(rank, world)
-    counter = Counter(source.shards[rank::world], missing, progress)
+    counter = Counter.of_shards(source.shards[rank::world], missing, progress)
     if not missing:
         return Store(folder)
     found = query_gradients(model_fn, params, queries, names, precondition, token_budget, reduction)
