@@ -48,6 +48,10 @@ class Outer:
         """`[B, R, q]` of a weight stored `[p, q]`."""
         return self.g if self.transposed else self.a
 
+    def left_rows(self, start: int, stop: int) -> Float[Tensor, "b r t"]:
+        """What `left` has for some rows of the weight: contractions that walk over rows ask for no more."""
+        return self.left[:, :, start:stop]
+
     def dense(self, shape: Sequence[int]) -> Inexact[Tensor, "b ..."]:
         """The per-sample gradients `[B, *shape]`."""
         return torch.bmm(self.left.transpose(1, 2), self.right).view(-1, *shape)
