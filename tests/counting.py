@@ -67,7 +67,7 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 
 _NOTHING = """
     alias detach empty empty_like empty_strided new_empty new_empty_strided lift_fresh _unsafe_view _reshape_alias
-    set_ resize_ is_same_size equal _local_scalar_dense item record_stream _assert_async is_pinned
+    set_ resize_ unsqueeze_ squeeze_ t_ transpose_ as_strided_ is_same_size equal _local_scalar_dense item record_stream _assert_async is_pinned
 """
 _WRITES = """
     zeros zeros_like new_zeros zero_ ones ones_like new_ones full full_like new_full fill fill_ arange scalar_tensor eye
@@ -85,7 +85,7 @@ _READS = """
     native_batch_norm_backward cudnn_batch_norm _fused_rms_norm _fused_rms_norm_backward _softmax
     _softmax_backward_data _safe_softmax _log_softmax _log_softmax_backward_data nll_loss_forward nll_loss_backward
     nll_loss2d_forward nll_loss2d_backward cumsum cumprod sort topk argsort searchsorted _unique2 unique_dim bincount
-    logsumexp max min median max_pool2d_with_indices max_pool2d_with_indices_backward avg_pool2d avg_pool2d_backward
+    floor_divide logsumexp max min median max_pool2d_with_indices max_pool2d_with_indices_backward avg_pool2d avg_pool2d_backward
     _adaptive_avg_pool2d _adaptive_avg_pool2d_backward mean linalg_vector_norm norm isin unfold_backward _foreach_norm
 """
 _KNOWN = {
