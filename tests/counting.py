@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
@@ -67,7 +68,8 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 
 _NOTHING = """
     alias detach empty empty_like empty_strided new_empty new_empty_strided lift_fresh _unsafe_view _reshape_alias
-    set_ resize_ unsqueeze_ squeeze_ t_ transpose_ as_strided_ is_same_size equal _local_scalar_dense item record_stream _assert_async is_pinned
+    set_ resize_ unsqueeze_ squeeze_ t_ transpose_ as_strided_ is_same_size
+    _local_scalar_dense item record_stream _assert_async is_pinned
 """
 _WRITES = """
     zeros zeros_like new_zeros zero_ ones ones_like new_ones full full_like new_full fill fill_ arange scalar_tensor eye
@@ -85,8 +87,9 @@ _READS = """
     native_batch_norm_backward cudnn_batch_norm _fused_rms_norm _fused_rms_norm_backward _softmax
     _softmax_backward_data _safe_softmax _log_softmax _log_softmax_backward_data nll_loss_forward nll_loss_backward
     nll_loss2d_forward nll_loss2d_backward cumsum cumprod sort topk argsort searchsorted _unique2 unique_dim bincount
-    floor_divide logsumexp max min median max_pool2d_with_indices max_pool2d_with_indices_backward avg_pool2d avg_pool2d_backward
-    _adaptive_avg_pool2d _adaptive_avg_pool2d_backward mean linalg_vector_norm norm isin unfold_backward _foreach_norm
+    logsumexp max min median max_pool2d_with_indices max_pool2d_with_indices_backward avg_pool2d avg_pool2d_backward
+    _adaptive_avg_pool2d _adaptive_avg_pool2d_backward mean linalg_vector_norm norm isin unfold_backward
+    floor_divide equal _foreach_norm
 """
 _KNOWN = {
     name: kind
@@ -114,18 +117,32 @@ class Entries(NamedTuple):
     grew: bool
 
 
+class Product(NamedTuple):
+    """One product of matrices.
+
+    Attributes:
+        op: its name.
+        flops: by its formula.
+        written: entries of its result.
+    """
+
+    op: str
+    flops: int
+    written: int
+
+
 class Counted(TorchDispatchMode):
     """Counts what runs within it, on the CPU or a GPU, eager.
 
     Attributes:
-        flops: of products, by operator.
+        products: every operation with a formula, in the order in which they ran.
         passes: every other operation that touched an entry, in the order in which they ran.
         bodies: whether a custom operator is counted by its Python body instead of by its formula.
     """
 
     def __init__(self, *, bodies: bool = False) -> None:
         super().__init__()
-        self.flops: Counter[str] = Counter()
+        self.products: list[Product] = []
         self.passes: list[Entries] = []
         self.bodies = bodies
         self._formulas = FlopCounterMode(display=False, custom_mapping=FORMULAS).flop_registry
@@ -133,7 +150,7 @@ class Counted(TorchDispatchMode):
     @property
     def total_flops(self) -> int:
         """FLOPs of all products."""
-        return sum(self.flops.values())
+        return sum(product.flops for product in self.products)
 
     @property
     def entries(self) -> int:
@@ -167,7 +184,8 @@ class Counted(TorchDispatchMode):
         out = func(*args, **kwargs)
         name = packet.__name__
         if packet in self._formulas:
-            self.flops[name] += self._formulas[packet](*args, **kwargs, out_val=out)
+            written = sum(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))
+            self.products.append(Product(name, self._formulas[packet](*args, **kwargs, out_val=out), written))
         else:
             self._pass(func, name, args, kwargs, out)
         return out
@@ -189,6 +207,34 @@ class Counted(TorchDispatchMode):
         count = max((t.numel() for t in passed[kind]), default=0)
         if count:
             self.passes.append(Entries(name, count, grew))
+
+
+class Allocated(TorchDispatchMode):
+    """What operations allocate.
+
+    Attributes:
+        largest: bytes of the largest tensor that was made.
+        peak: bytes of all tensors made within that were alive at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = self.peak = 0
+        self._alive: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {StorageWeakRef(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor):
+                storage = StorageWeakRef(t.untyped_storage())
+                if storage in given or storage in self._alive:
+                    continue
+                self._alive[storage] = t.untyped_storage().nbytes()
+                self.largest = max(self.largest, self._alive[storage])
+        self._alive = {storage: size for storage, size in self._alive.items() if not storage.expired()}
+        self.peak = max(self.peak, sum(self._alive.values()))
+        return out
 
 
 def counted(run: Callable[[], Any], *, bodies: bool = False) -> Counted:
