@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghostfunc._contract import MEMORY_BOUND
 from ghostfunc._factors import Factor, Gather, Outer
+from ghostfunc._nesting import recorded
+from ghostfunc._planner import MEMORY_BOUND
+from ghostfunc._stream import add_up
 from ghostfunc._tiles import Block, Tile, tiles
 
 
@@ -48,14 +50,18 @@ class Accumulator(ABC):
     """The share of every weight in one quantity, summed up by parameter: `columns[name]`."""
 
     val = ""  # what it needs of the validation samples: "", "sum" or "each"
+    together = False  # whether a tile has to have all samples
 
     def __init__(self, setting: Setting, *shape: int) -> None:
         self.setting = setting
         self.columns = {name: setting.zeros(*shape) for name in setting.names}
 
-    def add(self, name: str, share: Tensor) -> None:
-        """Add a weight's share."""
-        self.columns[name] = self.columns[name] + share
+    def add(self, name: str, share: Tensor, first: int = 0) -> None:
+        """Add a weight's share, of all samples or of those from `first` on."""
+        if len(share) == len(self.columns[name]):
+            self.columns[name] = self.columns[name] + share
+        else:
+            self.columns[name][first : first + len(share)] += share
 
     @abstractmethod
     def pairs_cost(self, block: Block) -> float | int:
@@ -105,13 +111,23 @@ def accumulate(block: Block, accumulators: list[Accumulator], *, want_grad: bool
             a.by_pairs(block)
     if not makes_tiles:
         return None
+    if recorded(accumulators[0].setting.params[block.name]):  # a loop into a buffer is no graph
+        from ghostfunc._tile_op import by_operator  # here, for it needs the quantities, which need this module
+
+        return by_operator(block, from_tiles, want_grad=want_grad)
+    return by_tiles(block, from_tiles, want_grad=want_grad)
+
+
+def by_tiles(block: Block, accumulators: list[Accumulator], *, want_grad: bool) -> Tensor | None:
+    """Add a block's share to quantities from its tiles; the sum over the train samples where it is wanted."""
     grad: Tensor | None = None
-    for tile in tiles(block, each_val=any(a.val == "each" for a in from_tiles)):
+    each_val, together = any(a.val == "each" for a in accumulators), any(a.together for a in accumulators)
+    for tile in tiles(block, each_val=each_val, together=together):
         if want_grad and grad is None:
             grad = tile.grads.new_empty(block.rows, block.cols)
         if grad is not None:
-            torch.sum(tile.grads, 0, out=grad[tile.start : tile.stop])
-        for a in from_tiles:
+            add_up(tile.grads, grad[tile.start : tile.stop], fresh=tile.first == 0)
+        for a in accumulators:
             a.by_tile(tile)
     return grad
 

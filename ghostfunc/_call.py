@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from ghostfunc._axes import match_layers, positions_of
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._nesting import refuse_compiling, unrecorded
+from ghostfunc._planner import Budget
 from ghostfunc._products import Products
 from ghostfunc._randomness import RANDOMNESS
 from ghostfunc._ranks import Group, Ranks
@@ -35,6 +36,7 @@ class Call(NamedTuple):
         lenient: whether a use without a rule costs a backward for each sample.
         randomness: what random operations draw.
         ranks: those that have a share of the samples; None without a group.
+        budget: the working memory of a contraction.
     """
 
     model_fn: ModelFn
@@ -45,6 +47,7 @@ class Call(NamedTuple):
     lenient: bool
     randomness: str
     ranks: Ranks | None = None
+    budget: Budget = Budget()  # noqa: RUF012  without a limit there is nothing to change in it
 
     @property
     def device(self) -> torch.device:
@@ -104,12 +107,13 @@ def checked(
     on_unsupported: str,
     randomness: str,
     group: Group | None = None,
+    memory: int | float | None = None,
 ) -> Call:
     """The shared arguments, checked.
 
     Raises:
         TypeError: for a parameter that is no floating-point tensor.
-        ValueError: for no parameters, or an unknown option.
+        ValueError: for no parameters, an unknown option, or a `memory` that is no size.
         RuntimeError: where Dynamo reads the call, or for a group inside a functorch transform.
     """
     refuse_compiling()
@@ -121,7 +125,8 @@ def checked(
     names = match_layers(layers, list(params))
     lenient = on_unsupported == "dense"
     ranks = Ranks.of(group, next(iter(params.values())).device)
-    return Call(model_fn, params, _contraction_dtype(params, dtype), names, has_aux, lenient, randomness, ranks)
+    dtype = _contraction_dtype(params, dtype)
+    return Call(model_fn, params, dtype, names, has_aux, lenient, randomness, ranks, Budget(memory))
 
 
 def _check_params(params: Params) -> dict[str, Tensor]:

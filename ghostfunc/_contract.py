@@ -1,126 +1,29 @@
 """Contractions of factors: dot products with directions, dot products between samples, sums over samples.
 
-For a weight `[p, q]` and train rows left `[n, R, p]`, right `[n, R, q]` (the weight gradient is left^T right, 2nR·pq
-FLOPs) the dot products with k directions V can be had in three orders:
-
-    Gram         sum_rs (left_r · left'_s)(right_r · right'_s)      2·nR·mR'·(p + q), no direction is formed
-    direction    sum_r left_r · (V right_r)                         2·nR·pq for each direction
-    tile stream  <left_i^T right_i, V>, tile by tile                2·n·pq for each direction, beside that gradient
-
-The tile stream makes the weight gradient one sample at a time, in tiles that stay in the cache, so that dot products
-cost one pass over cached data. Every function here accumulates in the dtype that it is given.
+The dot products of a linear map's factor can be had in three orders (`_planner`): Gram, direction first, and the tile
+stream (`_stream`). Every function here accumulates in the dtype that it is given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
+from ghostfunc._directions import Directions, FromRows, Given
 from ghostfunc._factors import Dense, Factor, Gather, Later, Outer, Own
 from ghostfunc._nesting import functorch_level, readable, recorded
+from ghostfunc._planner import Order, Shape, at_a_time, best_order, tile_bytes
+from ghostfunc._stream import long_products, stream
 
-TILE_BYTES = 16 << 20
-_GRAM_BYTES = 256 << 20
-_LONG = 1 << 16  # entries that one float32 product sums without losing a digit
-MEMORY_BOUND = 32  # FLOPs of a matrix product that cost what the stream's pass over one tile entry costs (measured)
-
-
-@dataclass(frozen=True, eq=False)
-class Given:
-    """Directions as tensors: `[k, p, q]`."""
-
-    tensor: Float[Tensor, "k p q"]
-
-    @property
-    def count(self) -> int:
-        """The number of directions, k."""
-        return len(self.tensor)
-
-    def tile(self, start: int, stop: int) -> Float[Tensor, "k t q"]:
-        """Rows start to stop of every direction, `[k, t, q]`."""
-        return self.tensor[:, start:stop]
-
-
-@dataclass(frozen=True, eq=False)
-class FromRows:
-    """Directions left_j^T right_j of validation rows `[m, R', p]` and `[m, R', q]`: for each sample, or their sum."""
-
-    left: Float[Tensor, "m r p"]
-    right: Float[Tensor, "m r q"]
-    each: bool
-
-    @property
-    def count(self) -> int:
-        """The number of directions, k."""
-        return len(self.left) if self.each else 1
-
-    def tile(self, start: int, stop: int) -> Float[Tensor, "k t q"]:
-        """Rows start to stop of every direction, `[k, t, q]`."""
-        left = self.left[:, :, start:stop]
-        if self.each:
-            return torch.bmm(left.transpose(1, 2), self.right)
-        return (left.reshape(-1, stop - start).t() @ self.right.flatten(0, 1)).unsqueeze(0)
-
-
-Directions = Given | FromRows
-
-
-@dataclass(frozen=True)
-class Order:
-    """A way to contract one weight, with what it costs beside nothing: all products, the weight gradient included."""
-
-    name: str  # "Gram", "direction", "tile stream"
-    flops: int
-    passes: int  # entries that are passed over without a product to speak of
-
-    @property
-    def cost(self) -> int:
-        """FLOPs, with passes over memory as the FLOPs that take as long."""
-        return self.flops + MEMORY_BOUND * self.passes
-
-
-def orders(
-    n: int, positions: int, p: int, q: int, k: int, val_rows: int, *, given: bool, want_grad: bool
-) -> list[Order]:
-    """The orders in which the dot products of n samples with k directions can be had, with their costs.
-
-    Args:
-        n: train samples.
-        positions: positions of a train sample, R.
-        p: rows of the weight.
-        q: columns of the weight.
-        k: directions.
-        val_rows: validation rows m·R' that the directions are made of.
-        given: whether the directions exist already.
-        want_grad: whether the weight gradient is wanted too.
-
-    Returns:
-        The possible orders.
-    """
-    weight = 2 * n * positions * p * q
-    make = 0 if given else 2 * val_rows * p * q
-    found = [
-        Order("direction", make + k * weight + want_grad * weight, n * positions * q * k),
-        Order("tile stream", make + weight + 2 * n * k * p * q, n * p * q),
-    ]
-    if not given:
-        pairs = n * positions * val_rows
-        found.append(Order("Gram", 2 * pairs * (p + q) + want_grad * weight, pairs))
-    return found
-
-
-def best_order(n: int, positions: int, p: int, q: int, k: int, val_rows: int, *, given: bool, want_grad: bool) -> Order:
-    """The cheapest of `orders`, which takes the same arguments."""
-    found = orders(n, positions, p, q, k, val_rows, given=given, want_grad=want_grad)
-    return min(found, key=lambda order: order.cost)
+_PAIR_BYTES = 256 << 20
 
 
 def contract_outer(
-    factor: Outer, directions: Directions, *, want_grad: bool
+    factor: Outer, directions: Directions, *, want_grad: bool, budget: int | None = None
 ) -> tuple[Float[Tensor, "n k"], Float[Tensor, "p q"] | None]:
     """Dot products of every sample with every direction, and the sum of the samples' gradients.
 
@@ -128,88 +31,80 @@ def contract_outer(
         factor: the train rows.
         directions: k directions.
         want_grad: whether the sum over samples is wanted.
+        budget: bytes of working memory; None for what suits the device.
 
     Returns:
         `(dots[n, k], grad[p, q] or None)`.
+
+    Raises:
+        ValueError: where the budget is too small for any order.
     """
-    left, right = factor.left, factor.right  # [n, R, p], [n, R, q]
-    n, positions, p = left.shape
-    given = isinstance(directions, Given)
-    val_rows = 0 if isinstance(directions, Given) else directions.left.shape[0] * directions.left.shape[1]
-    sizes = (n, positions, p, right.shape[2], directions.count, val_rows)
-    possible = orders(*sizes, given=given, want_grad=want_grad)
-    if functorch_level() is not None:  # a loop into reused buffers is no function of the outer transform's inputs
-        possible = [order for order in possible if order.name != "tile stream"]
-    best = min(possible, key=lambda order: order.cost)
-    if best.name == "tile stream":
-        return _tile_stream(left, right, directions, want_grad)
-    grad = left.flatten(0, 1).t() @ right.flatten(0, 1) if want_grad else None  # [p, q]
-    if isinstance(directions, FromRows) and best.name == "Gram":
-        other = Outer(directions.right, directions.left)
-        dots = pair(Outer(right, left), other)  # [n, m]
+    order = _order_of(factor, directions, want_grad, budget)
+    if order.name == "tile stream":
+        return _stream(factor, directions, order, want_grad)
+    grad = total(factor, factor.size) if want_grad else None
+    if isinstance(directions, FromRows) and order.name == "Gram":
+        dots = _pair(factor, directions.factor, order)  # [n, m]
         return (dots if directions.each else dots.sum(1, keepdim=True)), grad
-    return _along_outer(left, right, directions.tile(0, p)), grad
+    return _along_outer(factor, directions, order), grad
 
 
-def _along_outer(
-    left: Float[Tensor, "n r p"], right: Float[Tensor, "n r q"], directions: Float[Tensor, "k p q"]
-) -> Float[Tensor, "n k"]:
-    """sum_r left_r · (V right_r) for each V of `[k, p, q]`, through the narrower side: `[n, k]`."""
-    columns = []
-    for direction in directions:
-        if left.shape[2] < right.shape[2]:
-            moved, still = right @ direction.t(), left  # [n, R, p]
-        else:
-            moved, still = left @ direction, right  # [n, R, q]
-        columns.append((moved * still).sum((1, 2)))
-    return torch.stack(columns, 1)
+def _order_of(factor: Outer, directions: Directions, want_grad: bool, budget: int | None) -> Order:
+    right, (p, q) = factor.right, factor.size
+    given = isinstance(directions, Given)
+    val_rows = 0 if isinstance(directions, Given) else directions.rows
+    size = len(right), right.shape[1], p, q, directions.count, val_rows
+    shape = Shape(*size, given, want_grad, right.element_size(), right.device.type)
+    # A loop into reused buffers is no function of an outer transform's inputs.
+    return best_order(shape, budget, tiles=functorch_level() is None)
 
 
-def _tile_stream(
-    left: Float[Tensor, "n r p"], right: Float[Tensor, "n r q"], directions: Directions, want_grad: bool
+def _stream(
+    factor: Outer, directions: Directions, order: Order, want_grad: bool
 ) -> tuple[Float[Tensor, "n k"], Float[Tensor, "p q"] | None]:
-    if not recorded(left):
-        return tile_loop(left, right, directions, want_grad)
+    if not recorded(factor.right):
+        return stream(factor, directions, samples=order.samples, rows=order.rows, want_grad=want_grad)
     given, rows, each = None, (None, None), False
     if isinstance(directions, Given):
         given = directions.tensor
     else:
-        rows, each = (directions.left, directions.right), directions.each
-    dots, grad = torch.ops.ghostfunc.tile_stream(left, right, given, *rows, each, want_grad)
+        rows, each = (directions.factor.left, directions.factor.right), directions.each
+    dots, grad = torch.ops.ghostfunc.tile_stream(factor.left, factor.right, given, *rows, each, want_grad)
     return dots, grad if want_grad else None
 
 
 def tile_loop(
     left: Float[Tensor, "n r p"], right: Float[Tensor, "n r q"], directions: Directions, want_grad: bool
 ) -> tuple[Float[Tensor, "n k"], Float[Tensor, "p q"] | None]:
-    """The tile stream itself; `torch.ops.ghostfunc.tile_stream` in a compiled graph."""
-    n, _, p = left.shape
-    q = right.shape[2]
-    rows = max(1, min(p, TILE_BYTES // max(1, n * q * left.element_size())))
-    dots = left.new_zeros(n, directions.count)
-    grad = left.new_empty(p, q) if want_grad else None
-    buffer = left.new_empty(n * rows * q)
-    for start in range(0, p, rows):
-        stop = min(start + rows, p)
-        tile = buffer[: n * (stop - start) * q].view(n, stop - start, q)
-        for sample in range(n):
-            torch.mm(left[sample, :, start:stop].t(), right[sample], out=tile[sample])
-        dots += long_products(tile.view(n, -1), directions.tile(start, stop).reshape(directions.count, -1))
-        if grad is not None:
-            torch.sum(tile, 0, out=grad[start:stop])
-    return dots, grad
+    """The tile stream of two matrices a sample: `torch.ops.ghostfunc.tile_stream` in a compiled graph."""
+    formed = 0 if isinstance(directions, Given) else directions.count
+    limit = tile_bytes(right.device.type) // right.element_size()
+    samples, rows = at_a_time(len(right), left.shape[2], right.shape[2], formed, limit)
+    return stream(Outer(right, left), directions, samples=samples, rows=rows, want_grad=want_grad)
 
 
-def long_products(rows: Inexact[Tensor, "n s"], others: Inexact[Tensor, "k s"]) -> Inexact[Tensor, "n k"]:
-    """Dot products of rows with rows, summed in blocks: over millions of entries one product loses a digit or two."""
-    blocks = rows.shape[1] // _LONG
-    if blocks < 2:
-        return rows @ others.t()
-    whole = blocks * _LONG
-    left = rows[:, :whole].unflatten(1, (blocks, _LONG)).transpose(0, 1)  # [blocks, n, s']
-    right = others[:, :whole].unflatten(1, (blocks, _LONG)).permute(1, 2, 0)  # [blocks, s', k]
-    products = torch.bmm(left, right).sum(0)
-    return products if whole == rows.shape[1] else products + rows[:, whole:] @ others[:, whole:].t()
+def _along_outer(factor: Outer, directions: Directions, order: Order) -> Float[Tensor, "n k"]:
+    """sum_r left_r · (V right_r) for each V of `[k, p, q]`, through the narrower side: `[n, k]`."""
+    right, p, n = factor.right, factor.size[0], len(factor.right)
+    dots = 0
+    for start in range(0, p, order.rows):
+        stop = min(start + order.rows, p)
+        left, tile = factor.left_rows(start, stop), directions.tile(start, stop)  # [n, R, t], [k, t, q]
+        samples = []
+        for first in range(0, n, order.samples):
+            some = slice(first, first + order.samples)
+            samples.append(torch.stack([_row_dots(left[some], right[some], v) for v in tile], 1))
+        dots = dots + torch.cat(samples)
+    assert isinstance(dots, Tensor)
+    return dots
+
+
+def _row_dots(
+    left: Float[Tensor, "n r t"], right: Float[Tensor, "n r q"], direction: Float[Tensor, "t q"]
+) -> Float[Tensor, " n"]:
+    if left.shape[2] < right.shape[2]:
+        return ((right @ direction.t()) * left).sum((1, 2))
+    return ((left @ direction) * right).sum((1, 2))
 
 
 def along(factor: Factor, directions: Inexact[Tensor, "k ..."]) -> Inexact[Tensor, "b k"]:
@@ -253,22 +148,37 @@ def pair(train: Factor, val: Factor) -> Float[Tensor, "n m"]:
         return torch.cat([pair(chunk, val) for chunk in train.chunks()])
     if isinstance(train, Dense):
         return along(val, train.grad).t()
-    n, m = len(train.g), len(val.g)
-    positions, val_positions = train.g.shape[1], val.g.shape[1]
-    bytes_per_sample = positions * m * val_positions * train.g.element_size()
-    step = max(1, _GRAM_BYTES // max(1, bytes_per_sample))
-    blocks = []
-    for start in range(0, n, step):
-        some = train.part(start, start + step)
-        product = left_gram(some, val) * right_gram(some, val)  # [s * R, m * R']
-        blocks.append(product.view(-1, positions, m, val_positions).sum((1, 3)))
-    return torch.cat(blocks)
+    positions, val_rows = train.g.shape[1], val.g.shape[0] * val.g.shape[1]
+    samples = max(1, _PAIR_BYTES // max(1, 3 * positions * val_rows * train.g.element_size()))
+    return _pair(train, val, Order("Gram", 0, 0, 0, samples, positions))
+
+
+def _pair(train: Outer | Gather, val: Outer | Gather, order: Order) -> Float[Tensor, "n m"]:
+    """The same for uses at positions, some samples, or some positions of one sample, at a time."""
+    positions, m, val_positions = train.g.shape[1], len(val.g), val.g.shape[1]
+    samples = []
+    for first in range(0, len(train.g), order.samples):
+        some = train.part(first, first + order.samples)
+        dots = 0
+        for start in range(0, positions, order.rows):
+            few = some if order.rows >= positions else _at_positions(some, start, start + order.rows)
+            product = left_gram(few, val) * right_gram(few, val)  # [s * R, m * R']
+            dots = dots + product.view(len(few.g), -1, m, val_positions).sum((1, 3))
+        samples.append(dots)
+    return torch.cat(samples)
+
+
+def _at_positions(factor: Outer | Gather, start: int, stop: int) -> Outer | Gather:
+    """The factor of some of the positions."""
+    if isinstance(factor, Gather):
+        return Gather(factor.ids[:, start:stop], factor.g[:, start:stop])
+    return replace(factor, a=factor.a[:, start:stop], g=factor.g[:, start:stop])
 
 
 def pair_sum(train: Factor, val: Factor) -> Float[Tensor, "n 1"]:
     """Dot products of every train sample with the sum of the validation samples' gradients, `[n, 1]`."""
     if isinstance(train, Outer) and isinstance(val, Outer):
-        return contract_outer(train, FromRows(val.left, val.right, each=False), want_grad=False)[0]
+        return contract_outer(train, FromRows(val, each=False), want_grad=False)[0]
     if isinstance(val, Later):
         return along(train, total(val, val.shape).unsqueeze(0))
     if isinstance(val, Dense):
@@ -310,7 +220,7 @@ def pair_own(one: Factor, other: Factor) -> Float[Tensor, " n"]:
         shape = one.grad.shape[1:]
         return torch.cat([along(other.part(s, s + 1), one.grad[s : s + 1].view(1, *shape))[:, 0] for s in samples])
     n, positions = one.g.shape[:2]
-    step = max(1, _GRAM_BYTES // max(1, positions * other.g.shape[1] * one.g.element_size()))
+    step = max(1, _PAIR_BYTES // max(1, positions * other.g.shape[1] * one.g.element_size()))
     blocks = []
     for start in range(0, n, step):
         a, b = one.part(start, start + step), other.part(start, start + step)

@@ -14,9 +14,9 @@ from torch import Tensor
 from ghostfunc._axes import match_layers
 from ghostfunc._batch import batch_size, cannot_join, join, plain
 from ghostfunc._call import Params
-from ghostfunc._contract import best_order
 from ghostfunc._factors import Later
 from ghostfunc._functionalize import ModelFn
+from ghostfunc._planner import Shape, best_order
 from ghostfunc._products import Along, Joint
 from ghostfunc._randomness import DrewRandomNumbers, RandomState
 from ghostfunc._run import Want, forward
@@ -210,9 +210,7 @@ def _use(site: Site, n: int, samples: int, m: int, joint: bool, probe: str) -> U
     if site.kind == "gather":
         return Use(site.op, "Gather", "grad-outputs kept", 0, kept, derived)
     val_rows = m * site.positions if joint else 0
-    order = best_order(
-        n, site.positions, shape[0], shape[1:].numel(), 1, val_rows, given=not joint, want_grad=m > 0
-    )  # fmt: skip
+    order = best_order(Shape(n, site.positions, shape[0], shape[1:].numel(), 1, val_rows, not joint, m > 0, size))
     plain_step = 2 * n * site.positions * shape.numel() if m else 0
     if site.treatment == "fused" and not probe:
         return Use(site.op, "Outer", order.name, order.flops - plain_step, 0, derived)

@@ -48,6 +48,12 @@ class Outer:
         """`[B, R, q]` of a weight stored `[p, q]`."""
         return self.g if self.transposed else self.a
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """`(p, q)`, the weight's rows and columns as it is stored."""
+        d_in, d_out = self.a.shape[2], self.g.shape[2]
+        return (d_in, d_out) if self.transposed else (d_out, d_in)
+
     def left_rows(self, start: int, stop: int) -> Float[Tensor, "b r t"]:
         """What `left` has for some rows of the weight: contractions that walk over rows ask for no more."""
         return self.left[:, :, start:stop]

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from ghostfunc._contract import FromRows, Given, tile_loop
+from ghostfunc._contract import tile_loop
+from ghostfunc._directions import FromRows, Given
 from ghostfunc._errors import InteractingSamples, UnsupportedUse
+from ghostfunc._factors import Outer
 from ghostfunc._run import not_finite
 
 _KINDS = {error.__name__: error for error in (UnsupportedUse, InteractingSamples, ValueError, TypeError, IndexError)}
@@ -34,7 +36,7 @@ def _tile_stream(
         directions = Given(given)
     else:
         assert val_left is not None and val_right is not None
-        directions = FromRows(val_left, val_right, each)
+        directions = FromRows(Outer(val_right, val_left), each)
     dots, grad = tile_loop(left, right, directions, want_grad)
     return dots, left.new_empty(0) if grad is None else grad
 

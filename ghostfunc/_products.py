@@ -10,14 +10,17 @@ gathered columns instead of the head's grad-output.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ghostfunc._contract import FromRows, Given, along, contract_outer, pair, pair_sum, total
+from ghostfunc._contract import along, contract_outer, pair, pair_sum, total
+from ghostfunc._directions import FromRows, Given
 from ghostfunc._factors import Factor, Gather, Outer, Own
+from ghostfunc._planner import Budget
 from ghostfunc._run import Run
+from ghostfunc._sample_axis import SampleAxis
 from ghostfunc._sites import Site, zero_tap
 
 
@@ -32,6 +35,7 @@ class Joint:
         each: one direction for each validation sample, rather than their sum.
         fuse: whether contractions may run inside the backward; not where uses may show only after it (their cross terms
             with the fused ones would be missing).
+        budget: the working memory of a contraction.
     """
 
     names: frozenset[str]
@@ -39,6 +43,7 @@ class Joint:
     val: int
     each: bool
     fuse: bool = True
+    budget: Budget = field(default_factory=Budget)
 
     @property
     def count(self) -> int:
@@ -59,6 +64,7 @@ class Joint:
 
     def plan(self, sites: list[Site]) -> None:
         """Fuse every linear map whose weight, or part of one, has no other use, or only look-ups before it."""
+        self.budget.resolve(_bytes_of_plain_step(sites))
         by_name = sites_by_name(sites)
         for site in sites:
             if site.kind != "outer" or "dots" not in site.taps or site.tracked.root is None:
@@ -78,8 +84,7 @@ class Joint:
         def contract(factor: Factor) -> tuple[Tensor | None, dict[str, Tensor]]:
             assert isinstance(factor, Outer)
             train, val = factor.part(0, n), factor.part(n, n + self.val)
-            dots, grad = contract_outer(train, FromRows(val.left, val.right, self.each), want_grad=site.wants_grad)
-            values = {"dots": dots}
+            grad, values = self._contract_rows(site, train, val)
             for index, look_up in enumerate(look_ups):
                 ids = look_up.sample_rows_of_ids()  # [S, R']
                 values[f"train columns {index}"] = train.left.flatten(0, 1)[:, ids[n:].flatten()]
@@ -89,6 +94,12 @@ class Joint:
             return None if grad is None else grad.view(site.tracked.real.shape), values
 
         return contract
+
+    def _contract_rows(self, site: Site, train: Outer, val: Outer) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """A linear map's gradient, where it is wanted, and the taps' cotangents."""
+        directions = FromRows(val, self.each)
+        dots, grad = contract_outer(train, directions, want_grad=site.wants_grad, budget=self.budget.bytes)
+        return grad, {"dots": dots}
 
     def products(self, result: Run, name: str) -> Tensor:
         """Dot products of a parameter, `[n, k]`, on the scale of the run's weights."""
@@ -161,12 +172,14 @@ class Along:
         train: the number of samples.
         directions: `{name: [k, *shape]}`.
         count: k.
+        budget: the working memory of a contraction.
     """
 
     names: frozenset[str]
     train: int
     directions: Mapping[str, Tensor]
     count: int
+    budget: Budget = field(default_factory=Budget)
 
     def more_taps(self, site: Site) -> dict[str, Tensor]:
         """A tap for the fused contraction of a linear map."""
@@ -176,6 +189,7 @@ class Along:
 
     def plan(self, sites: list[Site]) -> None:
         """Fuse every linear map whose weight is a parameter: with given directions uses do not meet."""
+        self.budget.resolve(_bytes_of_plain_step(sites))
         for site in sites:
             if "dots" in site.taps:
                 site.treatment = "fused"
@@ -189,10 +203,16 @@ class Along:
             if site.tracked.derivation is not None:
                 with torch.no_grad():
                     given = torch.stack([site.tracked.replay({name: d}) for d in given])
-            dots, grad = contract_outer(factor, Given(given.flatten(2).to(site.dtype)), want_grad=site.wants_grad)
-            return None if grad is None else grad.view(site.tracked.real.shape), {"dots": dots}
+            grad, values = self._contract_given(site, factor, given)
+            return None if grad is None else grad.view(site.tracked.real.shape), values
 
         return contract
+
+    def _contract_given(self, site: Site, factor: Outer, given: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """A linear map's gradient, where it is wanted, and the taps' cotangents."""
+        directions = Given(given.flatten(2).to(site.dtype))
+        dots, grad = contract_outer(factor, directions, want_grad=site.wants_grad, budget=self.budget.bytes)
+        return grad, {"dots": dots}
 
     def products(self, result: Run, name: str) -> Tensor:
         """Dot products of a parameter, `[n, k]`, on the scale of the run's weights."""
@@ -209,12 +229,14 @@ class WithSamples:
         train: the number of samples, n.
         val: the other run.
         count: the number of its samples, m.
+        budget: the working memory of a contraction.
     """
 
     names: frozenset[str]
     train: int
     val: Run
     count: int
+    budget: Budget = field(default_factory=Budget)
 
     def more_taps(self, site: Site) -> dict[str, Tensor]:
         """A tap for the fused contraction of a linear map."""
@@ -230,10 +252,11 @@ class WithSamples:
         factor = self.val.factors.get(sites[0]) if len(sites) == 1 else None
         if not isinstance(factor, Outer) or not same(sites[0], site):
             return None
-        return FromRows(factor.left, factor.right, each=True)
+        return FromRows(factor, each=True)
 
     def plan(self, sites: list[Site]) -> None:
         """Fuse every linear map whose weight is used once, in both runs."""
+        self.budget.resolve(_bytes_of_plain_step(sites))
         for site in sites:
             rows = self._rows(site)
             if "dots" in site.taps and rows is not None:
@@ -243,7 +266,7 @@ class WithSamples:
     def _contract(self, site: Site, rows: FromRows) -> Callable[[Factor], tuple[Tensor | None, dict[str, Tensor]]]:
         def contract(factor: Factor) -> tuple[Tensor | None, dict[str, Tensor]]:
             assert isinstance(factor, Outer)
-            dots, grad = contract_outer(factor, rows, want_grad=site.wants_grad)
+            dots, grad = contract_outer(factor, rows, want_grad=site.wants_grad, budget=self.budget.bytes)
             return None if grad is None else grad.view(site.tracked.real.shape), {"dots": dots}
 
         return contract
@@ -265,6 +288,16 @@ class WithSamples:
 
 
 Products = Joint | Along | WithSamples
+
+
+def _bytes_of_plain_step(sites: list[Site]) -> int:
+    """What a plain step takes beside the parameters: their gradients, and the results of operations that use them."""
+    gradients = {id(t.real): t.real.numel() * t.real.element_size() for t in (site.tracked for site in sites)}
+    of_results = 0
+    for site in sites:
+        samples = site.axis.samples if isinstance(site.axis, SampleAxis) else 1
+        of_results += samples * site.positions * site.width * site.tracked.real.element_size()
+    return sum(gradients.values()) + of_results
 
 
 def sites_by_name(sites: list[Site]) -> dict[str, list[Site]]:

@@ -23,8 +23,9 @@ from torch.utils import _pytree as pytree
 
 from ghostfunc._accumulate import Accumulator, Setting, pairs_flops
 from ghostfunc._axes import Axes, LayerOf, arrange, parse
-from ghostfunc._contract import along, long_products, pair, pair_own, pair_sum
+from ghostfunc._contract import along, pair, pair_own, pair_sum
 from ghostfunc._kronecker import KroneckerProjection
+from ghostfunc._stream import long_products, squares
 from ghostfunc._tiles import Block, Tile
 
 
@@ -74,7 +75,7 @@ class _AlongOne(Accumulator):
 
     def by_tile(self, tile: Tile) -> None:
         rows = _direction_of(tile.block, self.direction, self.setting.dtype)[tile.start : tile.stop]
-        self.add(tile.name, long_products(tile.flat, rows.reshape(1, -1)))
+        self.add(tile.name, long_products(tile.flat, rows.reshape(1, -1)), tile.first)
 
 
 class Dots(_AlongOne):
@@ -114,7 +115,7 @@ class Dots(_AlongOne):
         if not self.val:
             super().by_tile(tile)
             return
-        self.add(tile.name, long_products(tile.flat, tile.val if self.each else tile.val_sum))
+        self.add(tile.name, long_products(tile.flat, tile.val if self.each else tile.val_sum), tile.first)
 
     def value(self) -> Any:
         mean = not self.each and self.asked.reduction == "mean"
@@ -178,6 +179,8 @@ class Gram:
 
 
 class _Gram(Accumulator):
+    together = True
+
     def __init__(self, setting: Setting, asked: Gram, axes: Axes) -> None:
         super().__init__(setting, setting.train, setting.train)
         self.asked, self.axes = asked, axes
@@ -240,7 +243,7 @@ class Norms(Accumulator):
                 self.add(block.name, 2 * pair_own(one, other))
 
     def by_tile(self, tile: Tile) -> None:
-        self.add(tile.name, tile.flat.square().sum(1))  # sums in pairs: a product of such length loses two digits
+        self.add(tile.name, squares(tile.flat), tile.first)
 
     def value(self) -> Any:
         squares = arrange(self.columns, self.axes, has=self.has, layer_of=self.layer_of)
@@ -291,6 +294,8 @@ class Stream:
 
 
 class _Streamed(Accumulator):
+    together = True
+
     def __init__(self, setting: Setting, asked: Stream) -> None:
         self.setting, self.asked = setting, asked
         self.of_param: dict[str, Any] = {}

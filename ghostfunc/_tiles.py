@@ -1,9 +1,10 @@
-"""Per-sample gradients as a stream of tiles: one weight at a time, some of its rows, all samples.
+"""Per-sample gradients as a stream of tiles: one weight at a time, some of its rows, some or all of the samples.
 
     tile[i] = sum over uses of (left_i^T right_i)[start:stop]            [S, rows, cols]
 
-The uses of a weight add up inside a tile, so that cross terms between them need no care. A tile is made in a buffer of
-16 MB, handed to whatever wants it, and overwritten by the next one: memory is that of a tile, never S x the weight.
+The uses of a weight add up inside a tile, so that cross terms between them need no care. A tile is made in a buffer
+that stays in the cache, handed to whatever wants it, and overwritten by the next one: memory is that of a tile, never
+S x the weight.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ghostfunc._contract import TILE_BYTES
 from ghostfunc._factors import Dense, Factor, Gather, Later, Outer, Own
-from ghostfunc._nesting import functorch_level
+from ghostfunc._nesting import functorch_level, recorded
 from ghostfunc._parts import Part
+from ghostfunc._planner import at_a_time, tile_bytes
 from ghostfunc._products import meet, same
 from ghostfunc._run import Run, base_factor
 from ghostfunc._sites import Site
+from ghostfunc._stream import per_sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +78,28 @@ class Block:
 
 
 @dataclass(frozen=True, eq=False)
+class _ValTile:
+    """Validation gradients of some rows of a block, made when they are asked for, and once."""
+
+    block: Block
+    start: int
+    stop: int
+    each_val: bool
+
+    @cached_property
+    def each(self) -> Tensor:
+        """`[m, rows * cols]`."""
+        return _made(self.block, self.block.val, self.start, self.stop, None).flatten(1)
+
+    @cached_property
+    def sum(self) -> Tensor:
+        """`[1, rows * cols]`."""
+        if self.each_val:
+            return self.each.sum(0, keepdim=True)
+        return sum(_summed(self.block, f, self.start, self.stop) for f in self.block.val).reshape(1, -1)  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True, eq=False)
 class Tile:
     """Per-sample gradients of some rows of a weight.
 
@@ -85,14 +109,16 @@ class Tile:
             tile: copy what is to be kept.
         start: the first row, counted in the block.
         block: what the rows are rows of.
-        each_val: whether each validation sample's tile is wanted too.
+        vals: the validation samples' gradients of the same entries.
+        first: the first of these samples; 0 where they are all there.
     """
 
     name: str
     grads: Tensor
     start: int
     block: Block
-    each_val: bool = False
+    vals: _ValTile
+    first: int = 0
 
     @property
     def stop(self) -> int:
@@ -113,38 +139,47 @@ class Tile:
         """The gradients as rows: `[S, rows * cols]`."""
         return self.grads.flatten(1)
 
-    @cached_property
+    @property
     def val(self) -> Tensor:
         """The validation samples' gradients of the same entries: `[m, rows * cols]`."""
-        return _made(self.block, self.block.val, self.start, self.stop, None).flatten(1)
+        return self.vals.each
 
-    @cached_property
+    @property
     def val_sum(self) -> Tensor:
         """Their sum: `[1, rows * cols]`."""
-        if self.each_val:
-            return self.val.sum(0, keepdim=True)
-        return sum(_summed(self.block, f, self.start, self.stop) for f in self.block.val).reshape(1, -1)  # type: ignore[union-attr]
+        return self.vals.sum
 
 
-def tiles(block: Block, *, each_val: bool = False) -> Iterator[Tile]:
+def tiles(block: Block, *, each_val: bool = False, together: bool = True, budget: int | None = None) -> Iterator[Tile]:
     """The tiles of a block, one after the other.
 
     Args:
         block: the block, with a train factor at least.
         each_val: whether each validation sample's tile will be made too, which takes memory.
+        together: whether a tile has all samples; otherwise as many as suits the products.
+        budget: bytes of working memory; None for what suits the device.
 
     Yields:
-        Tiles whose rows together are all of the block's.
+        Tiles whose rows and samples together are all of the block's; those of the same rows one after the other.
     """
     block = replace(block, train=_as_values(block.train, block), val=_as_values(block.val, block))
-    first = _first(block.train)
-    samples = len(first) + (len(_first(block.val)) if each_val and block.val else 0)
-    row = max(1, samples * block.cols * first.element_size())
-    step = block.rows if functorch_level() is not None else max(1, min(block.rows, TILE_BYTES // row))
-    buffer = None if functorch_level() is not None else first.new_empty(len(first) * step * block.cols)
+    first, vals = _first(block.train), len(_first(block.val)) if each_val and block.val else 0
+    n = len(first)
+    limit = tile_bytes(first.device.type)
+    limit = (limit if budget is None else min(limit, budget)) // first.element_size()
+    samples, step = at_a_time(n, block.rows, block.cols, vals, limit)
+    whole = functorch_level() is not None or recorded(first)
+    if whole:
+        samples, step = n, block.rows
+    elif together:
+        samples, step = n, max(1, min(block.rows, limit // max(1, (n + vals) * block.cols)))
+    buffer = None if whole else first.new_empty(samples * step * block.cols)
     for start in range(0, block.rows, step):
         stop = min(start + step, block.rows)
-        yield Tile(block.name, _made(block, block.train, start, stop, buffer), start, block, each_val)
+        val_tile = _ValTile(block, start, stop, each_val)
+        for sample in range(0, n, samples):
+            some = tuple(f.part(sample, min(sample + samples, n)) for f in block.train) if samples < n else block.train
+            yield Tile(block.name, _made(block, some, start, stop, buffer), start, block, val_tile, sample)
 
 
 def _first(factors: tuple[Factor, ...]) -> Tensor:
@@ -160,7 +195,7 @@ def _as_values(factors: tuple[Factor, ...], block: Block) -> tuple[Factor, ...]:
 def _made(block: Block, factors: tuple[Factor, ...], start: int, stop: int, buffer: Tensor | None) -> Tensor:
     """Per-sample gradients of some rows: `[S, stop - start, q]`."""
     samples, rows, cols = len(_first(factors)), stop - start, block.cols
-    if functorch_level() is not None:
+    if functorch_level() is not None or recorded(_first(factors)):
         whole = sum(f.dense(block.shape).reshape(samples, block.rows, cols) for f in factors)
         return whole[:, start:stop]  # type: ignore[index]
     if buffer is None:
@@ -170,12 +205,11 @@ def _made(block: Block, factors: tuple[Factor, ...], start: int, stop: int, buff
         tile.zero_()
     for place, factor in enumerate(factors):
         if isinstance(factor, Outer):
-            left, right = factor.left[:, :, start:stop], factor.right  # [S, R, rows], [S, R, q]
-            for sample in range(samples):
-                if place == 0:
-                    torch.mm(left[sample].t(), right[sample], out=tile[sample])
-                else:
-                    torch.addmm(tile[sample], left[sample].t(), right[sample], out=tile[sample])
+            left, right = factor.left_rows(start, stop), factor.right  # [S, R, rows], [S, R, q]
+            if place == 0:
+                per_sample(left, right, buffer)
+            else:
+                torch.baddbmm(tile, left.transpose(1, 2), right, out=tile)
         elif isinstance(factor, Gather):
             sample, position, row = _hits(factor, start, stop)
             tile.view(-1, cols).index_add_(0, sample * rows + row, factor.g[sample, position])
@@ -193,8 +227,7 @@ def _hits(look_up: Gather, start: int, stop: int) -> tuple[Tensor, Tensor, Tenso
 def _summed(block: Block, factor: Factor, start: int, stop: int) -> Tensor:
     """The sum over samples of some rows of one use's gradients: `[stop - start, q]`."""
     if isinstance(factor, Outer):
-        left = factor.left[:, :, start:stop].reshape(-1, stop - start)
-        return left.t() @ factor.right.flatten(0, 1)
+        return factor.left_rows(start, stop).flatten(0, 1).t() @ factor.right.flatten(0, 1)
     if isinstance(factor, Gather):
         sample, position, row = _hits(factor, start, stop)
         return factor.g.new_zeros(stop - start, block.cols).index_add_(0, row, factor.g[sample, position])

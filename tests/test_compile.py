@@ -18,7 +18,9 @@ from zoo_language import module_of
 
 import ghostfunc as gf
 from ghostfunc._compile import RECORDS
-from ghostfunc._contract import FromRows, Given, tile_loop
+from ghostfunc._contract import tile_loop
+from ghostfunc._directions import FromRows, Given
+from ghostfunc._factors import Outer
 
 TOLERANCE = 1e-9
 
@@ -476,8 +478,8 @@ def test_the_graph_has_the_tile_stream_as_one_operator():
 
 STREAMS = {
     "given": lambda d: Given(d.normal(2, 7, 5)),
-    "each validation sample": lambda d: FromRows(d.normal(3, 4, 7), d.normal(3, 4, 5), each=True),
-    "their sum": lambda d: FromRows(d.normal(3, 4, 7), d.normal(3, 4, 5), each=False),
+    "each validation sample": lambda d: FromRows(Outer(d.normal(3, 4, 5), d.normal(3, 4, 7)), each=True),
+    "their sum": lambda d: FromRows(Outer(d.normal(3, 4, 5), d.normal(3, 4, 7)), each=False),
 }
 
 

@@ -8,8 +8,11 @@ from cases import Draw
 from torch import Tensor
 
 from ghostfunc import _contract
-from ghostfunc._contract import FromRows, Given, Order, along, best_order, contract_outer, pair, pair_sum, total
+from ghostfunc._contract import along, contract_outer, pair, pair_sum, total
+from ghostfunc._directions import FromRows, Given
 from ghostfunc._factors import Dense, Gather, Outer
+from ghostfunc._planner import Shape, best_order, forced
+from ghostfunc._stream import long_products, squares
 
 CPU = torch.device("cpu")
 SHAPE = (7, 4)  # of the parameter
@@ -43,36 +46,32 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.fixture(params=[1, 4 * 8 * 4, 1 << 30], ids=["one row", "some rows", "the whole weight"])
-def tile_bytes(request, monkeypatch):
-    monkeypatch.setattr(_contract, "TILE_BYTES", request.param)
-
-
 @pytest.mark.parametrize(("order", "kind"), ORDERS)
 @pytest.mark.parametrize("want_grad", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_every_order(order, kind, want_grad, transposed, tile_bytes, monkeypatch):
-    """All orders give the same dot products and the same gradient, for every size of a tile."""
-    monkeypatch.setattr(_contract, "best_order", lambda *args, **kwargs: Order(order, 0, 0))
+@pytest.mark.parametrize("budget", [None, 1000, 400])
+def test_every_order(order, kind, want_grad, transposed, budget):
+    """All orders give the same dot products and the same gradient, whatever the memory."""
     train, val = outer(3, 5, 1, transposed=transposed), outer(2, 6, 2, transposed=transposed)
     each = flat(val)
     if kind == "given":
         directions, want = Given(each.view(2, *SHAPE)), flat(train) @ each.T
     else:
-        directions = FromRows(val.left, val.right, each=kind == "each")
+        directions = FromRows(val, each=kind == "each")
         want = flat(train) @ (each if kind == "each" else each.sum(0, keepdim=True)).T
-    dots, grad = contract_outer(train, directions, want_grad=want_grad)
+    with forced(order):
+        dots, grad = contract_outer(train, directions, want_grad=want_grad, budget=budget)
     close(dots, want)
     assert (grad is not None) == want_grad
     if grad is not None:
         close(grad, train.dense(SHAPE).sum(0))
 
 
-@pytest.mark.parametrize("gram_bytes", [1, 1 << 30])
+@pytest.mark.parametrize("pair_bytes", [1, 1 << 30])
 @pytest.mark.parametrize(("train", "val"), list(product(KINDS, KINDS)))
-def test_every_pair_of_kinds(train, val, gram_bytes, monkeypatch):
+def test_every_pair_of_kinds(train, val, pair_bytes, monkeypatch):
     """Cross terms between two uses of a parameter, with other numbers of samples and positions."""
-    monkeypatch.setattr(_contract, "_GRAM_BYTES", gram_bytes)
+    monkeypatch.setattr(_contract, "_PAIR_BYTES", pair_bytes)
     ours, theirs = KINDS[train](3, 5, 1), KINDS[val](2, 6, 2)
     close(pair(ours, theirs), flat(ours) @ flat(theirs).T)
     close(pair_sum(ours, theirs), flat(ours) @ flat(theirs).sum(0, keepdim=True).T)
@@ -105,12 +104,19 @@ def test_a_table_with_ids_that_validation_never_saw():
 )
 def test_the_cheapest_order(shape, given, want_grad, name):
     """Few rows: Gram. An MLP's dots alone: direction. Language models: the tile stream."""
-    assert best_order(**shape, given=given, want_grad=want_grad).name == name
+    assert best_order(Shape(**shape, given=given, want_grad=want_grad)).name == name
 
 
 def test_long_sums_keep_their_digits():
     """Squares of a gradient of four million entries: one float32 product is 2e-5 off."""
     rows = torch.randn(3, 1 << 22)
     exact = rows.double() @ rows.double().t()
-    error = (_contract.long_products(rows, rows) - exact).abs() / exact.diagonal().max()
+    error = (long_products(rows, rows) - exact).abs() / exact.diagonal().max()
     assert error.max() < 1e-6
+    error = (squares(rows) - exact.diagonal()).abs() / exact.diagonal()
+    assert error.max() < 1e-6
+
+
+def test_a_budget_that_nothing_fits():
+    with pytest.raises(ValueError, match=r"memory=95: too small to contract a weight \[7, 4\] with 2 directions"):
+        contract_outer(outer(3, 5, 1), FromRows(outer(2, 6, 2), each=True), want_grad=True, budget=95)

@@ -29,7 +29,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How a weight's share is had: the cheaper way, by tiles of a few rows, or from pairs of positions."""
     if request.param == "tiles":
         monkeypatch.setattr(_accumulate, "MEMORY_BOUND", -(10**9))
-        monkeypatch.setattr(_tiles, "TILE_BYTES", 300)
+        monkeypatch.setattr(_tiles, "tile_bytes", lambda device: 300)
         for name in ("Dots", "_AlongOne", "_Gram", "Norms"):
             monkeypatch.setattr(getattr(_quantities, name), "tile_cost", lambda self, block: 0)
     elif request.param == "pairs":
@@ -275,7 +275,7 @@ def test_noise_scale_from_a_stream():
 
 def test_a_tile_knows_its_place(monkeypatch):
     """`tile.of` gives the same entries of another tensor: an elementwise metric is one line."""
-    monkeypatch.setattr(_tiles, "TILE_BYTES", 200)
+    monkeypatch.setattr(_tiles, "tile_bytes", lambda device: 200)
     model_fn, params, batch = BY_NAME["convolution"].make(torch.float64, CPU)
     train = batch(3, 1)
     g = losses_and_grads(model_fn, params, train)[1]
