@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ghostfunc._nesting import functorch_level, readable
+from ghostfunc._nesting import functorch_level, readable, with_values
 from ghostfunc._operations import op_name, tensors_in
 from ghostfunc._parts import SELECTIONS
 from ghostfunc._sites import ISOMETRIES, Site, Tracked
@@ -125,6 +125,7 @@ def _places(index: Tensor) -> slice | Tensor:
 # ---------------------------------------------------------------- the entries of a use
 
 
+@with_values
 def place_of(site: Site, blocks: Blocks | None) -> Box | Blocks | None:
     """Where a use is in its parameter's blocks: in one, in all of them, or, where it is derived, in none."""
     if len(site.tracked.names) > 1 or blocks is None:

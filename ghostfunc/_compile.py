@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 import ghostfunc._graph_ops  # noqa: F401  registers what the recorded code calls
 from ghostfunc._functionalize import _Call
+from ghostfunc._quantities import Along, Clip, Dot, Gram, Norm, Project, Stream
 
 RECORDS = torch.__version__ >= "2.13"  # whether this torch has what it takes; in older ones it was not tested
+TRANSFORMS: dict[str, Callable] = {}  # what a node calls, by name
+ARGUMENTS = {"ghost_grad_proj": ("projection", Project), "ghost_grad_stream": ("function", Stream)}
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -26,6 +29,7 @@ _R = TypeVar("_R")
 
 def one_node(transform: Callable[_P, _R]) -> Callable[_P, _R]:
     """A transform that is one node of the graph where `torch.compile` meets it, and as it was elsewhere."""
+    TRANSFORMS[transform.__name__] = transform
 
     @wraps(transform)
     def public(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -43,6 +47,11 @@ def _as_node(name: str, model_fn: Callable, params: Mapping[str, Tensor], *batch
 
     if options.pop("group", None) is not None:
         raise RuntimeError(f"torch.compile of {name} with a group= is not supported. Call it outside.")
+    if options.pop("rank", None) is not None:
+        raise RuntimeError(
+            f"torch.compile of {name} with rank= is not supported: orthonormal bases are no part of a graph that is as "
+            "fast as the eager code. Call it outside, or leave rank= out."
+        )
     if isinstance(model_fn, (MethodType, partial)):
         raise RuntimeError(
             "model_fn is a bound method or a partial, on which torch.compile cannot guard. Pass a function, or an "
@@ -53,33 +62,115 @@ def _as_node(name: str, model_fn: Callable, params: Mapping[str, Tensor], *batch
     layers = options.get("layers", "")
     if callable(layers):
         options["layers"] = tuple([key for key in params if layers(key)])
+    if "layer_of" in options:
+        options["layer_of"] = _layers(options["layer_of"], params)
+    if name in ARGUMENTS:
+        argument, quantity = ARGUMENTS[name]
+        value = options.pop(argument) if argument in options else batches[1]
+        batches, wanted = batches[:1], {"": quantity(value)}
+    else:
+        wanted = options.pop("want", {})
+    clips = tuple([key for key, quantity in wanted.items() if isinstance(quantity, Clip)])
+    want = {key: _described(key, quantity, params) for key, quantity in wanted.items()}
     preconditioned = options.pop("precondition", None) is not None
     modules = _modules_behind(model_fn)
     for module in modules:
         remember(module)
     states = [(id(module), _state(module, params)) for module in modules]
     modes = tuple([part.training for module in modules for part in module.modules()])
-    result = node(name, place, modes, states, params, batches, options, preconditioned)
-    return _unpacked(result, options.get("has_aux", False)) if name == "value_and_grad_dot" else result
+    result = node(name, place, modes, states, params, batches, options, want, preconditioned)
+    return _unpacked(name, result, clips, options.get("has_aux", False))
 
 
-def packed(result: Any, has_aux: bool) -> Any:
-    """The result of `value_and_grad_dot` as containers that can leave the node: names are keys there, not values."""
+# ---------------------------------------------------------------- what goes into the node
+
+
+def _layers(layer_of: Any, params: Mapping[str, Tensor]) -> Any:
+    """An expression as it is; a function, which the node cannot be given, as what it says of each parameter."""
+    return {name: layer_of(name) for name in params} if callable(layer_of) else layer_of
+
+
+def _described(key: str, quantity: Any, params: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
+    """A quantity as its kind and its fields, of which the node can be given tensors, numbers, strings and ids."""
+    from ghostfunc._node import remember
+
+    if isinstance(quantity, Dot):
+        of = {"reduction": quantity.reduction}
+    elif isinstance(quantity, Along):
+        of = {"direction": dict(quantity.direction)}
+    elif isinstance(quantity, (Gram, Norm)):
+        of = {}
+    elif isinstance(quantity, Clip):
+        return "Clip", {"max_norm": quantity.max_norm}
+    elif isinstance(quantity, Stream):
+        remember(quantity.function)
+        return "Stream", {"function": id(quantity.function), "out": quantity.out}
+    elif isinstance(quantity, Project):
+        remember(quantity.projection)
+        parts = quantity.projection.parts
+        matrices = {name: (part.p_in, part.p_out) for name, part in parts.items()}
+        return "Project", {"projection": id(quantity.projection), "matrices": matrices}
+    else:
+        raise TypeError(f"want[{key!r}] is none of Dot, Along, Gram, Norm, Project, Clip and Stream.")
+    return type(quantity).__name__, {**of, "out": quantity.out, "layer_of": _layers(quantity.layer_of, params)}
+
+
+# ---------------------------------------------------------------- what comes out of it
+
+
+def packed(name: str, result: Any, has_aux: bool) -> Any:
+    """A transform's result as containers that can leave the node: names are keys there, not values."""
+    if name == "ghost_quantities":
+        values = {key: _packed_clip(value) for key, value in result.values.items()}
+        val_losses = () if result.val_losses is None else result.val_losses  # None cannot leave the node
+        fields = (result.losses, val_losses, result.grads, values)
+        return fields, dict.fromkeys(result.unused, ()), result.aux if has_aux else ()
     values, aux = result if has_aux else (result, ())
-    return tuple(values), dict.fromkeys(values.unused, ()), aux
+    if name == "value_and_grad_dot":
+        return tuple(values), dict.fromkeys(values.unused, ()), aux
+    return _packed_clip(values), (), aux
 
 
-def _unpacked(result: Any, has_aux: bool) -> Any:
+def _packed_clip(value: Any) -> Any:
+    from ghostfunc._many import ClippedGrad
+
+    return (*value, value.losses) if isinstance(value, ClippedGrad) else value
+
+
+def _unpacked(name: str, result: Any, clips: tuple[str, ...], has_aux: bool) -> Any:
     from ghostfunc._dots import ValueAndGradDot
+    from ghostfunc._many import Quantities
 
-    fields, unused, aux = result
-    values = ValueAndGradDot(*fields)
-    values.unused = tuple(unused)
+    values, unused, aux = result
+    if name == "ghost_quantities":
+        losses, val_losses, grads, found = values
+        found = {key: _clipped(value) if key in clips else value for key, value in found.items()}
+        val_losses = val_losses if isinstance(val_losses, Tensor) else None
+        return Quantities(losses, val_losses, grads, found, tuple(unused), aux if has_aux else None)
+    if name == "ghost_clipped_grad":
+        values = _clipped(values)
+    if name == "value_and_grad_dot":
+        values = ValueAndGradDot(*values)
+        values.unused = tuple(unused)
     return (values, aux) if has_aux else values
+
+
+def _clipped(fields: Any) -> Any:
+    from ghostfunc._many import ClippedGrad
+
+    grads, norms, losses = fields
+    clipped = ClippedGrad(grads, norms)
+    clipped.losses = losses
+    return clipped
+
+
+# ---------------------------------------------------------------- what model_fn reads
 
 
 def _modules_behind(model_fn: Callable) -> list[nn.Module]:
     """The modules that a function closes over or names, and those of the functions that it closes over."""
+    from ghostfunc._node import globals_of
+
     functions: list[Any] = [model_fn]
     modules: list[nn.Module] = []
     for function in functions:
@@ -87,7 +178,7 @@ def _modules_behind(model_fn: Callable) -> list[nn.Module]:
             modules.append(function)
         elif isinstance(function, FunctionType):
             inner = [cell.cell_contents for cell in function.__closure__ or ()]
-            named = [function.__globals__.get(name) for name in function.__code__.co_names]
+            named = [function.__globals__[name] for name in globals_of(function)]
             found = [value for value in (*inner, *named) if isinstance(value, nn.Module)]
             modules += [value.module if isinstance(value, _Call) else value for value in found]
             functions += [f for f in inner if isinstance(f, FunctionType) and not any(f is g for g in functions)]

@@ -14,6 +14,7 @@ from ghostfunc._accumulate import Accumulator, Setting
 from ghostfunc._axes import Axes, match_layers
 from ghostfunc._batch import batch_size, plain
 from ghostfunc._call import Layers, Params, Units, checked
+from ghostfunc._compile import one_node
 from ghostfunc._contraction import Contraction, collected
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._nesting import readable
@@ -46,6 +47,7 @@ class Quantities:
         return self.values[name]
 
 
+@one_node
 def ghost_quantities(
     model_fn: ModelFn,
     params: Params,

@@ -63,8 +63,8 @@ def saved_tensors_are_hooked() -> bool:
 
 
 _OUTSIDE = (
-    "torch.compile records ghost_grad_dot, value_and_grad_dot and ghost_grad_along, and no other call. Make this one "
-    "outside of the compiled function."
+    "torch.compile records dot products, norms, Gram matrices, clipped sums, projections and streams (ghost_quantities "
+    "and the calls of one of them), and no other call. Make this one outside of the compiled function."
 )
 
 

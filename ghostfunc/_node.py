@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import FunctionType
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -16,8 +18,10 @@ from torch._guards import detect_fake_mode
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from ghostfunc import _transforms as transforms
-from ghostfunc._compile import packed
+from ghostfunc import _quantities as quantities
+from ghostfunc._axes import GROUPS, layers_by_name, parse, positions_of
+from ghostfunc._compile import ARGUMENTS, TRANSFORMS, packed
+from ghostfunc._dots import ALL_AXES
 from ghostfunc._errors import UnsupportedUse
 from ghostfunc._graph_ops import refused
 from ghostfunc._nesting import recorded
@@ -31,6 +35,12 @@ def remember(value: Any) -> None:
     _objects[id(value)] = value
 
 
+@torch._dynamo.assume_constant_result
+def globals_of(function: FunctionType) -> tuple[str, ...]:
+    """The globals that a function names; here, for Dynamo would guard on every key, and a new global record anew."""
+    return tuple(name for name in function.__code__.co_names if name in function.__globals__)
+
+
 @torch._dynamo.nonstrict_trace
 def node(
     name: str,
@@ -40,6 +50,7 @@ def node(
     params: Mapping[str, Tensor],
     batches: tuple[Any, ...],
     options: dict[str, Any],
+    want: dict[str, tuple[str, dict[str, Any]]],
     preconditioned: bool,
 ) -> Any:
     """A transform's call.
@@ -52,35 +63,61 @@ def node(
         params: parameters by name.
         batches: the transform's other positional arguments.
         options: its keyword arguments, layers as a tuple of names where they were given by a function.
+        want: the quantities, each as its kind and its fields; under "" what an argument of the transform is of.
         preconditioned: whether there is a precondition, which is not among the options.
 
     Returns:
         What the transform returns, packed. If it fails while a compiler records it, tensors that raise.
     """
-    transform = getattr(transforms, name).__wrapped__
+    transform = TRANSFORMS[name]
     if isinstance(options.get("layers"), tuple):
         options = {**options, "layers": frozenset(options["layers"]).__contains__}
+    if isinstance(options.get("layer_of"), dict):
+        options = {**options, "layer_of": options["layer_of"].__getitem__}
+    wanted = {key: _quantity(kind, fields) for key, (kind, fields) in want.items()}
+    if name == "ghost_quantities":
+        options = {**options, "want": wanted}
+    elif name in ARGUMENTS:
+        argument, _ = ARGUMENTS[name]
+        options = {**options, argument: getattr(wanted[""], argument)}
     call = inspect.signature(transform).bind(_objects[place], params, *batches, **options)
     call.apply_defaults()
-    wraps = name == "value_and_grad_dot"
+    has_aux = call.arguments["has_aux"]
     try:
         if preconditioned:
             raise UnsupportedUse(
                 "precondition reads the state of an optimizer, which a compiled graph would keep as it was. Make the "
                 "direction outside of torch.compile, and pass it to ghost_grad_along."
             )
-        if axes := [axis for axis in options.get("out", "").split() if axis in ("token", "layer", "head")]:
+        if axes := [axis for axis in call.arguments.get("out", "").split() if axis in ("token", "head")]:
             raise UnsupportedUse(
-                f"out={options['out']!r}: torch.compile does not record the axis {axes[0]!r}. Make the call outside of "
-                "the compiled function."
+                f"out={call.arguments['out']!r}: torch.compile does not record the axis {axes[0]!r}. Make the call "
+                "outside of the compiled function."
             )
-        result = _with_states(lambda: transform(*call.args, **call.kwargs), states)
-        return packed(result, call.arguments["has_aux"]) if wraps else result
+        return packed(name, _with_states(lambda: transform(*call.args, **call.kwargs), states), has_aux)
     except Exception as error:
         if not any(map(recorded, params.values())):
             raise
         _forget_unknown_sizes(params)
-        return _raising(error, _similar(call.arguments, wraps))
+        return _raising(error, _similar(name, call.arguments, wanted))
+
+
+def _quantity(kind: str, fields: dict[str, Any]) -> Any:
+    """A quantity from what the node was given of it."""
+    fields = dict(fields)
+    if kind == "Stream":
+        fields["function"] = _objects[fields["function"]]
+    if kind == "Project":
+        projection, matrices = _objects[fields["projection"]], fields.pop("matrices")
+        parts = {name: part._replace(p_in=matrices[name][0], p_out=matrices[name][1])
+                 for name, part in projection.parts.items()}  # fmt: skip
+        fields["projection"] = replace(projection, parts=parts)
+    if isinstance(fields.get("layer_of"), dict):
+        fields["layer_of"] = fields["layer_of"].__getitem__
+    return getattr(quantities, kind)(**fields)
+
+
+# ---------------------------------------------------------------- errors of the recording
 
 
 def _raising(error: Exception, result: Any) -> Any:
@@ -92,6 +129,57 @@ def _forget_unknown_sizes(params: Mapping[str, Tensor]) -> None:
     mode = detect_fake_mode(list(params.values()))
     if mode is not None and mode.shape_env is not None:
         mode.shape_env.pending_fresh_unbacked_symbols.clear()
+
+
+def _similar(name: str, arguments: Mapping[str, Any], wanted: Mapping[str, Any]) -> Any:
+    """Tensors of the shapes that a transform's results have for these arguments, packed."""
+    params = dict(arguments["params"])
+    like = next(iter(params.values()))
+    train = arguments.get("train", arguments.get("batch"))
+    val = arguments.get("val", arguments.get("other"))
+    sizes = {"train": _size(train), "val": _size(val), "other": _size(train if val is None else val)}
+    losses, val_losses = like.new_zeros(sizes["train"]), like.new_zeros(sizes["val"])
+    zeros = {key: torch.zeros_like(p) for key, p in params.items()}
+
+    def of_axes(out: str, layer_of: Any) -> Any:
+        axes = parse(out, (*ALL_AXES, "other"))
+        shape = [_length(axis, sizes, train) for axis in axes.tensor]
+        if not axes.group:
+            return like.new_zeros(shape)
+        keys = list(params) if axes.group == GROUPS[0] else layers_by_name(params, layer_of).values()
+        return {key: like.new_zeros(shape) for key in keys}
+
+    def of(quantity: Any) -> Any:
+        if isinstance(quantity, quantities.Project):
+            return like.new_zeros(sizes["train"], quantity.projection.dim)
+        if isinstance(quantity, quantities.Clip):
+            norms = quantity.max_norm
+            return zeros, dict.fromkeys(norms, losses) if isinstance(norms, Mapping) else losses, losses
+        return (
+            like.new_zeros(()) if isinstance(quantity, quantities.Stream) else of_axes(quantity.out, quantity.layer_of)
+        )
+
+    if name == "ghost_quantities":
+        values = {key: of(quantity) for key, quantity in wanted.items()}
+        return (losses, () if val is None else val_losses, zeros, values), {}, ()
+    if name == "ghost_clipped_grad":
+        return of(quantities.Clip(arguments["max_norm"])), (), ()
+    if name in ARGUMENTS:
+        return of(wanted[""]), (), ()
+    dots = of_axes(arguments["out"], arguments["layer_of"])
+    return ((losses, val_losses, zeros, dots), {}, ()) if name == "value_and_grad_dot" else (dots, (), ())
+
+
+def _length(axis: str, sizes: Mapping[str, int], train: Any) -> int:
+    """The length of an axis; of heads, whose number is not known here, one."""
+    return sizes[axis] if axis in sizes else positions_of(train) if axis == "token" else 1
+
+
+def _size(batch: Any) -> int:
+    return next((len(leaf) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), 1)
+
+
+# ---------------------------------------------------------------- the state of modules
 
 
 class _Around(nn.Module):
@@ -112,25 +200,3 @@ def _with_states(function: Callable[[], Any], states: list[tuple[int, dict[str, 
     (place, state), *others = states
     swapped = {f"module.{name}": tensor for name, tensor in state.items()}
     return functional_call(_Around(_objects[place]), swapped, (lambda: _with_states(function, others),))
-
-
-def _similar(arguments: Mapping[str, Any], wraps: bool) -> Any:
-    """Tensors of the shapes that a transform's results have for these arguments."""
-    params = dict(arguments["params"])
-    like = next(iter(params.values()))
-    sizes = {what: _size(arguments[what]) for what in ("train", "val", "batch") if what in arguments}
-    n = sizes.get("train", sizes.get("batch", 1))
-    axes = arguments["out"].split()
-    sizes |= {"sample": n, "train": n}
-    shape = [sizes[axis] for axis in axes if axis in sizes]
-    dots: Any = like.new_zeros(shape)
-    if "param" in axes:
-        dots = {name: like.new_zeros(shape) for name in params}
-    if wraps:
-        losses = like.new_zeros(n), like.new_zeros(sizes["val"])
-        return (*losses, {name: torch.zeros_like(p) for name, p in params.items()}, dots), {}, ()
-    return (dots, ()) if arguments["has_aux"] else dots
-
-
-def _size(batch: Any) -> int:
-    return next((len(leaf) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), 1)

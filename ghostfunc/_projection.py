@@ -25,6 +25,7 @@ from torch import Tensor
 from ghostfunc._batch import batch_size, plain
 from ghostfunc._blocks import Blocks, Box, place_of
 from ghostfunc._call import Call, Params, checked, units_of
+from ghostfunc._compile import one_node
 from ghostfunc._factors import Dense, Factor, Gather, Later, Outer
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._kronecker import KroneckerProjection
@@ -180,6 +181,7 @@ def _chunks(factor: Factor, shape: torch.Size) -> Iterator[Tensor]:
         yield factor.part(start, min(start + step, samples)).dense(shape)
 
 
+@one_node
 def ghost_grad_proj(
     model_fn: ModelFn,
     params: Params,

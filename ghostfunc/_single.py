@@ -12,6 +12,7 @@ from ghostfunc._accumulate import Accumulator, Setting
 from ghostfunc._axes import LayerOf, parse
 from ghostfunc._batch import batch_size, plain
 from ghostfunc._call import Layers, Params, checked, units_of
+from ghostfunc._compile import one_node
 from ghostfunc._contraction import collected
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._many import ghost_quantities
@@ -21,6 +22,7 @@ from ghostfunc._tiles import Tile
 from ghostfunc._transforms import ghost_grad_dot
 
 
+@one_node
 def ghost_grad_norm(
     model_fn: ModelFn,
     params: Params,
@@ -89,6 +91,7 @@ def ghost_grad_norm(
     return (norms.value(), result.aux) if has_aux else norms.value()
 
 
+@one_node
 def ghost_grad_gram(
     model_fn: ModelFn,
     params: Params,
@@ -150,6 +153,7 @@ def ghost_grad_gram(
     return (result["gram"], result.aux) if has_aux else result["gram"]
 
 
+@one_node
 def ghost_clipped_grad(
     model_fn: ModelFn,
     params: Params,
@@ -207,6 +211,7 @@ def ghost_clipped_grad(
     return (result["clipped"], result.aux) if has_aux else result["clipped"]
 
 
+@one_node
 def ghost_grad_stream(
     model_fn: ModelFn,
     params: Params,
