@@ -1,5 +1,7 @@
 """The tests' counter of work: every product that torch can make by its known count, and work hidden from FLOPs."""
 
+import importlib
+import pkgutil
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import ghostfunc as gf
+import ghostfunc._tile_op  # registers its operator
 
 CPU = torch.device("cpu")
 COUNT, ROWS, INNER, COLS = 2, 3, 5, 7
@@ -148,12 +151,30 @@ EXAMPLES: dict[str, list[tuple[Any, ...]]] = {
         )
         for want_grad in (False, True)
     ],
+    "ghostfunc::tiles": [
+        ([*uses], [*val], along, [6, 10], kinds, want_grad)
+        for uses in (
+            rows(3, 4, 1),
+            (*rows(3, 4, 1), *rows(3, 2, 3)),
+            (*rows(3, 4, 1), draw.ids(6, 3, 5), draw.normal(3, 5, 10)),
+            (*rows(3, 4, 1), draw.normal(3, 6, 10), torch.empty(0)),
+        )
+        for val, along, kinds in (
+            ((), [], ["norm"]),
+            ((), [draw.normal(6, 10)], ["along", "gram"]),
+            (rows(2, 5, 2), [], ["dot"]),
+            (rows(2, 5, 2), [draw.normal(6, 10)], ["norm", "along", "dot each", "dot", "gram"]),
+        )
+        for want_grad in (False, True)
+    ],
     "ghostfunc::finite": [(row, column, ["p"], [5])],
     "ghostfunc::refuse": [],  # raises
 }
 
 
 def test_every_custom_operator_has_examples():
+    for module in pkgutil.iter_modules(gf.__path__):  # some are registered when they are first needed
+        importlib.import_module(f"ghostfunc.{module.name}")
     assert set(custom_operators()) == set(EXAMPLES)
 
 
@@ -164,5 +185,5 @@ def test_a_custom_operators_formula_counts_its_body(name, given):
     by_formula = counted(lambda: operator(*given))
     by_body = counted(lambda: operator(*given), bodies=True)
     assert by_formula.total_flops == by_body.total_flops == flops(lambda: body_of(name)(*given))
-    assert (by_formula.total_flops > 0) == (short == "tile_stream")
+    assert (by_formula.total_flops > 0) == (short in ("tile_stream", "tiles"))
     assert by_body.entries > 0
