@@ -84,13 +84,16 @@ class Accumulator(ABC):
         """The quantity, once every weight's share is in."""
 
 
-def accumulate(block: Block, accumulators: list[Accumulator], *, want_grad: bool) -> Tensor | None:
+def accumulate(
+    block: Block, accumulators: list[Accumulator], *, want_grad: bool, budget: int | None = None
+) -> Tensor | None:
     """Add a block's share to every quantity, at the least cost for all together.
 
     Args:
         block: the block.
         accumulators: the quantities.
         want_grad: whether the sum over the train samples is wanted.
+        budget: bytes of working memory; None for what suits the device.
 
     Returns:
         That sum, `[p, q]`, or None where it is not wanted or did not come by the way.
@@ -115,14 +118,16 @@ def accumulate(block: Block, accumulators: list[Accumulator], *, want_grad: bool
         from ghostfunc._tile_op import by_operator  # here, for it needs the quantities, which need this module
 
         return by_operator(block, from_tiles, want_grad=want_grad)
-    return by_tiles(block, from_tiles, want_grad=want_grad)
+    return by_tiles(block, from_tiles, want_grad=want_grad, budget=budget)
 
 
-def by_tiles(block: Block, accumulators: list[Accumulator], *, want_grad: bool) -> Tensor | None:
+def by_tiles(
+    block: Block, accumulators: list[Accumulator], *, want_grad: bool, budget: int | None = None
+) -> Tensor | None:
     """Add a block's share to quantities from its tiles; the sum over the train samples where it is wanted."""
     grad: Tensor | None = None
     each_val, together = any(a.val == "each" for a in accumulators), any(a.together for a in accumulators)
-    for tile in tiles(block, each_val=each_val, together=together):
+    for tile in tiles(block, each_val=each_val, together=together, budget=budget):
         if want_grad and grad is None:
             grad = tile.grads.new_empty(block.rows, block.cols)
         if grad is not None:

@@ -47,7 +47,7 @@ class Call(NamedTuple):
     lenient: bool
     randomness: str
     ranks: Ranks | None = None
-    budget: Budget = Budget()  # noqa: RUF012  without a limit there is nothing to change in it
+    budget: Budget = Budget()
 
     @property
     def device(self) -> torch.device:

@@ -44,8 +44,7 @@ def contract_outer(
         return _stream(factor, directions, order, want_grad)
     grad = total(factor, factor.size) if want_grad else None
     if isinstance(directions, FromRows) and order.name == "Gram":
-        dots = _pair(factor, directions.factor, order)  # [n, m]
-        return (dots if directions.each else dots.sum(1, keepdim=True)), grad
+        return _pair(factor, directions.factor, order, each=directions.each), grad
     return _along_outer(factor, directions, order), grad
 
 
@@ -86,7 +85,7 @@ def tile_loop(
 def _along_outer(factor: Outer, directions: Directions, order: Order) -> Float[Tensor, "n k"]:
     """sum_r left_r · (V right_r) for each V of `[k, p, q]`, through the narrower side: `[n, k]`."""
     right, p, n = factor.right, factor.size[0], len(factor.right)
-    dots = 0
+    dots = None
     for start in range(0, p, order.rows):
         stop = min(start + order.rows, p)
         left, tile = factor.left_rows(start, stop), directions.tile(start, stop)  # [n, R, t], [k, t, q]
@@ -94,8 +93,10 @@ def _along_outer(factor: Outer, directions: Directions, order: Order) -> Float[T
         for first in range(0, n, order.samples):
             some = slice(first, first + order.samples)
             samples.append(torch.stack([_row_dots(left[some], right[some], v) for v in tile], 1))
-        dots = dots + torch.cat(samples)
-    assert isinstance(dots, Tensor)
+        share = torch.cat(samples)
+        dots = share if dots is None else dots + share
+        del left, tile  # before the next ones are made
+    assert dots is not None
     return dots
 
 
@@ -148,22 +149,26 @@ def pair(train: Factor, val: Factor) -> Float[Tensor, "n m"]:
         return torch.cat([pair(chunk, val) for chunk in train.chunks()])
     if isinstance(train, Dense):
         return along(val, train.grad).t()
-    positions, val_rows = train.g.shape[1], val.g.shape[0] * val.g.shape[1]
-    samples = max(1, _PAIR_BYTES // max(1, 3 * positions * val_rows * train.g.element_size()))
+    (_, positions, _), (m, val_positions, _) = _right(train).shape, _right(val).shape
+    samples = max(1, _PAIR_BYTES // max(1, 3 * positions * m * val_positions * _right(train).element_size()))
     return _pair(train, val, Order("Gram", 0, 0, 0, samples, positions))
 
 
-def _pair(train: Outer | Gather, val: Outer | Gather, order: Order) -> Float[Tensor, "n m"]:
-    """The same for uses at positions, some samples, or some positions of one sample, at a time."""
-    positions, m, val_positions = train.g.shape[1], len(val.g), val.g.shape[1]
+def _pair(train: Outer | Gather, val: Outer | Gather, order: Order, *, each: bool = True) -> Float[Tensor, "n k"]:
+    """The same for uses at positions, some samples, or some positions of one sample, at a time; or its sum over m."""
+    positions, rows = _right(train).shape[1], _right(val)
+    m, val_positions = rows.shape[:2] if each else (1, rows.shape[0] * rows.shape[1])
     samples = []
-    for first in range(0, len(train.g), order.samples):
+    for first in range(0, len(_right(train)), order.samples):
         some = train.part(first, first + order.samples)
-        dots = 0
+        dots = None
         for start in range(0, positions, order.rows):
             few = some if order.rows >= positions else _at_positions(some, start, start + order.rows)
             product = left_gram(few, val) * right_gram(few, val)  # [s * R, m * R']
-            dots = dots + product.view(len(few.g), -1, m, val_positions).sum((1, 3))
+            share = product.view(len(_right(few)), -1, m, val_positions).sum((1, 3))
+            dots = share if dots is None else dots + share
+            del product  # before the next one is made
+        assert dots is not None
         samples.append(dots)
     return torch.cat(samples)
 

@@ -21,7 +21,7 @@ from ghostfunc._call import Call, Units
 from ghostfunc._contract import scaled, total
 from ghostfunc._factors import Factor
 from ghostfunc._nesting import unrecorded
-from ghostfunc._products import meet, same, sites_by_name
+from ghostfunc._products import bytes_of_plain_step, meet, same, sites_by_name
 from ghostfunc._projection import TAP, Projected
 from ghostfunc._quantities import Dots
 from ghostfunc._randomness import DrewRandomNumbers, RandomState
@@ -58,6 +58,7 @@ class Contraction:
 
     def plan(self, sites: list[Site]) -> None:
         """Fuse every linear map whose weight, or part of one, has no other use."""
+        self.call.budget.resolve(bytes_of_plain_step(sites))
         by_name = sites_by_name(sites)
         for site in sites:
             others = [s for s in by_name[site.tracked.names[0]] if s is not site and meet(s, site)]
@@ -88,7 +89,8 @@ class Contraction:
     def _contract(
         self, site: Site, block: Callable[[Factor], Block], factor: Factor
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        grad = accumulate(block(factor), self.accumulators, want_grad=site.wants_grad)
+        budget = self.call.budget.bytes
+        grad = accumulate(block(factor), self.accumulators, want_grad=site.wants_grad, budget=budget)
         values: dict[str, Tensor] = {}
         if self.projected is not None and TAP in site.taps:
             values[TAP] = self.projected.project(site, factor)
@@ -100,7 +102,7 @@ class Contraction:
             for name in self.call.params:
                 if name in self.call.names:
                     for block in blocks_of(result, name, self.train, self.val, self.val_run):
-                        accumulate(block, self.accumulators, want_grad=False)
+                        accumulate(block, self.accumulators, want_grad=False, budget=self.call.budget.bytes)
 
     def projections(self, result: Run) -> Tensor:
         """The projections `[n, k]`."""
@@ -121,7 +123,7 @@ class Contraction:
                     factor = scaled(result.factors[site].part(0, self.train), weights[name])
                     share = total(factor, site.tracked.real.shape)
                     shares.append(result.pull(site.tracked, name, share.unsqueeze(0))[0])
-                gradient = torch.stack(shares).sum(0) if len(shares) > 1 else next(iter(shares), torch.zeros_like(leaf))
+                gradient = sum(shares[1:], shares[0]) if shares else torch.zeros_like(leaf)
                 sums[name] = gradient.to(leaf.dtype)
         return sums
 

@@ -1,8 +1,13 @@
-"""`explain`: the plan for a model and a batch, printed: uses, factors, contractions, FLOPs and bytes."""
+"""`explain`: the plan for a model and a batch, printed: uses, factors, contractions, FLOPs and bytes.
+
+Beside it stand the plain step on the train samples and the floor, a plain step on the concatenated batch: what the val
+rows cost that any method has to run.
+"""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,13 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
 
 from ghostfunc._axes import match_layers
 from ghostfunc._batch import batch_size, cannot_join, join, plain
 from ghostfunc._call import Params
 from ghostfunc._factors import Later
 from ghostfunc._functionalize import ModelFn
-from ghostfunc._planner import Shape, best_order
+from ghostfunc._planner import Budget, Shape, best_order
 from ghostfunc._products import Along, Joint
 from ghostfunc._randomness import DrewRandomNumbers, RandomState
 from ghostfunc._run import Want, forward
@@ -57,6 +66,8 @@ class Plan:
         probe: why a second backward will tell samples apart; empty where they are followed.
         shapes: the parameters' shapes.
         uses: the uses by parameter; an empty list for one that the losses do not depend on.
+        plain_flops: of a plain training step on the train samples; None where it could not be counted.
+        weight_flops: of these, the gradients of the weights of linear maps.
     """
 
     samples: int
@@ -65,6 +76,25 @@ class Plan:
     probe: str
     shapes: dict[str, tuple[int, ...]]
     uses: dict[str, list[Use]]
+    plain_flops: int | None = None
+    weight_flops: int = 0
+
+    @property
+    def floor_flops(self) -> int | None:
+        """Products of a plain step on the train and val samples together."""
+        if self.plain_flops is None:
+            return None
+        return self.plain_flops * (self.samples + self.val_samples) // self.samples
+
+    @property
+    def total_flops(self) -> int | None:
+        """Products of the call: `value_and_grad_dot`, or `ghost_grad_along` where the direction is given."""
+        if self.plain_flops is None:
+            return None
+        if not self.val_samples:
+            return self.plain_flops - self.weight_flops + self.flops
+        of_val = self.plain_flops - (self.weight_flops if self.schedule == "joint" else 0)
+        return self.plain_flops + of_val * self.val_samples // self.samples + self.flops
 
     @property
     def flops(self) -> int:
@@ -105,9 +135,14 @@ class Plan:
             lines.append(f"a second backward tells samples apart: {self.probe}")
         covered = ", ".join(f"{share:.1%} {rules}" for rules, share in self.coverage.items())
         lines.append(f"parameters by rule: {covered}")
-        return "\n".join(
-            [head, *lines, f"beside a plain step on the train samples: {self.flops / 1e9:.4g} GFLOP of products"]
-        )
+        lines.append(f"beside a plain step on the train samples: {self.flops / 1e9:.4g} GFLOP of products")
+        if self.plain_flops is not None and self.floor_flops is not None and self.total_flops is not None:
+            amounts = {"plain step": self.plain_flops, "floor": self.floor_flops, "this plan": self.total_flops}
+            parts = [
+                f"{what} {flops / 1e9:.4g} ({flops / max(1, self.plain_flops):.3f})" for what, flops in amounts.items()
+            ]
+            lines.append(f"GFLOP, and in plain steps: {', '.join(parts)}")
+        return "\n".join([head, *lines])
 
 
 def explain(
@@ -118,6 +153,7 @@ def explain(
     *,
     layers: str | Callable[[str], bool] = "",
     on_unsupported: str = "raise",
+    memory: int | float | None = None,
 ) -> Plan:
     """The plan for a model and a batch, from one forward.
 
@@ -128,6 +164,7 @@ def explain(
         val: a validation batch, for the plan of `value_and_grad_dot`; without it, that of `ghost_grad_along`.
         layers: as in `ghost_grad_dot`.
         on_unsupported: as in `ghost_grad_dot`.
+        memory: as in `ghost_grad_dot`.
 
     Returns:
         A plan that prints as a table: for each use of each parameter its operation, factor, contraction, the
@@ -151,7 +188,7 @@ def explain(
     names = match_layers(layers, list(params))
     joint = m > 0 and m <= n and not cannot_join(batch, val)
     before = RandomState.of(next(iter(params.values())).device)
-    plan = partial(_plan, model_fn, params, batch, val, n, m, names, on_unsupported == "dense")
+    plan = partial(_plan, model_fn, params, batch, val, n, m, names, on_unsupported == "dense", Budget(memory))
     try:
         return plan(joint)
     except DrewRandomNumbers:
@@ -169,10 +206,12 @@ def _plan(
     m: int,
     names: frozenset[str],
     lenient: bool,
+    budget: Budget,
     joint: bool,
 ) -> Plan:
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in params.values()) else torch.float32
-    products = Joint(names, n, m, each=False, fuse=not lenient) if joint else Along(names, n, {}, 1)
+    joined = Joint(names, n, m, each=False, fuse=not lenient, budget=budget)
+    products = joined if joint else Along(names, n, {}, 1, budget)
     samples = n + m if joint else n
     want = Want(
         train=n, dtype=dtype, grads=m > 0, factors=names, more_taps=products.more_taps, plan=products.plan,
@@ -183,7 +222,7 @@ def _plan(
         products.plan([site for site in mode.sites if names.intersection(site.tracked.names)])
     uses = {
         name: [
-            _use(site, n, samples, m, joint, probe)
+            _use(site, n, samples, m, joint, probe, budget)
             for site in mode.sites
             if name in site.tracked.names
         ]
@@ -191,10 +230,34 @@ def _plan(
         if name in names
     }  # fmt: skip
     shapes = {name: tuple(p.shape) for name, p in params.items()}
-    return Plan(n, m, "joint" if joint else "two-phase", probe, shapes, uses)
+    weight_flops = sum(
+        2 * n * site.positions * site.tracked.real.numel() for site in mode.sites if site.kind == "outer"
+    )
+    plain = _flops_of_plain_step(model_fn, params, batch)
+    return Plan(n, m, "joint" if joint else "two-phase", probe, shapes, uses, plain, weight_flops)
 
 
-def _use(site: Site, n: int, samples: int, m: int, joint: bool, probe: str) -> Use:
+def _flops_of_plain_step(model_fn: ModelFn, params: dict[str, Tensor], batch: Any) -> int | None:
+    """Products of forward and backward of the mean loss, counted with tensors that have no values.
+
+    None for a model that decides by values. Attention is counted as plain products: a fused kernel does the same ones.
+    """
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        warnings.simplefilter("ignore")
+        leaves = {name: fake.from_tensor(p.detach()).requires_grad_() for name, p in params.items()}
+        batch = pytree.tree_map_only(Tensor, fake.from_tensor, batch)
+        counter = FlopCounterMode(display=False)
+        try:
+            with counter, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+                out = model_fn(leaves, batch)
+                losses = out[0] if isinstance(out, tuple) else out
+                torch.autograd.grad(losses.mean(), list(leaves.values()), allow_unused=True)
+        except Exception:  # whatever a model does that needs values: the plan is whole without this count
+            return None
+    return counter.get_total_flops()
+
+
+def _use(site: Site, n: int, samples: int, m: int, joint: bool, probe: str, budget: Budget) -> Use:
     shape = site.tracked.real.shape
     size = torch.finfo(site.dtype).bits // 8
     derived = site.tracked.derivation is not None
@@ -204,14 +267,17 @@ def _use(site: Site, n: int, samples: int, m: int, joint: bool, probe: str) -> U
         return Use(site.op, "Later", how, 0, at_once * shape.numel() * size, derived, fallback=True)
     if site.kind == "dense":
         kept = samples * shape.numel() * size
-        return Use(site.op, "Dense", "per-sample gradients kept", 0, kept, derived)
+        return Use(site.op, "Dense", "per-sample gradients kept", 2 * n * shape.numel(), kept, derived)
     width_in = shape.numel() // site.width if site.kind == "outer" else 0
     kept = samples * site.positions * (site.width + width_in) * size
     if site.kind == "gather":
         return Use(site.op, "Gather", "grad-outputs kept", 0, kept, derived)
     val_rows = m * site.positions if joint else 0
-    order = best_order(Shape(n, site.positions, shape[0], shape[1:].numel(), 1, val_rows, not joint, m > 0, size))
+    sizes = n, site.positions, shape[0], shape[1:].numel(), 1, val_rows
+    order = best_order(Shape(*sizes, not joint, m > 0, size, site.tracked.real.device.type), budget.bytes)
     plain_step = 2 * n * site.positions * shape.numel() if m else 0
     if site.treatment == "fused" and not probe:
-        return Use(site.op, "Outer", order.name, order.flops - plain_step, 0, derived)
+        pairs = sum(n * site.positions * m * look_up.positions for look_up in site.look_ups)  # with earlier look-ups
+        crosses = 2 * 2 * pairs * shape[1:].numel()
+        return Use(site.op, "Outer", order.name, order.flops - plain_step + crosses, 0, derived)
     return Use(site.op, "Outer", f"factors kept, then {order.name}", order.flops, kept, derived)

@@ -64,7 +64,7 @@ class Joint:
 
     def plan(self, sites: list[Site]) -> None:
         """Fuse every linear map whose weight, or part of one, has no other use, or only look-ups before it."""
-        self.budget.resolve(_bytes_of_plain_step(sites))
+        self.budget.resolve(bytes_of_plain_step(sites))
         by_name = sites_by_name(sites)
         for site in sites:
             if site.kind != "outer" or "dots" not in site.taps or site.tracked.root is None:
@@ -189,7 +189,7 @@ class Along:
 
     def plan(self, sites: list[Site]) -> None:
         """Fuse every linear map whose weight is a parameter: with given directions uses do not meet."""
-        self.budget.resolve(_bytes_of_plain_step(sites))
+        self.budget.resolve(bytes_of_plain_step(sites))
         for site in sites:
             if "dots" in site.taps:
                 site.treatment = "fused"
@@ -256,7 +256,7 @@ class WithSamples:
 
     def plan(self, sites: list[Site]) -> None:
         """Fuse every linear map whose weight is used once, in both runs."""
-        self.budget.resolve(_bytes_of_plain_step(sites))
+        self.budget.resolve(bytes_of_plain_step(sites))
         for site in sites:
             rows = self._rows(site)
             if "dots" in site.taps and rows is not None:
@@ -290,7 +290,7 @@ class WithSamples:
 Products = Joint | Along | WithSamples
 
 
-def _bytes_of_plain_step(sites: list[Site]) -> int:
+def bytes_of_plain_step(sites: list[Site]) -> int:
     """What a plain step takes beside the parameters: their gradients, and the results of operations that use them."""
     gradients = {id(t.real): t.real.numel() * t.real.element_size() for t in (site.tracked for site in sites)}
     of_results = 0

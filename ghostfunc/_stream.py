@@ -51,6 +51,7 @@ def stream(
             dots[some] += long_products(tile.flatten(1), to)
             if place is not None:
                 add_up(tile, place, fresh=first == 0)
+        del left, to  # before the next ones are made
     return dots, grad
 
 
