@@ -7,8 +7,9 @@ two-phase   the validation gradient first, then the train rows are contracted wi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -16,6 +17,7 @@ from ghostfunc._axes import Axes, LayerOf, arrange, parse
 from ghostfunc._batch import batch_size, cannot_join, join, plain
 from ghostfunc._call import Call, Units, one_direction, product_columns, units_of
 from ghostfunc._heads import along_heads, heads_of, with_samples_heads
+from ghostfunc._low_rank_products import LowRankAlong, LowRankJoint
 from ghostfunc._nesting import unrecorded
 from ghostfunc._products import Along, Joint, Products, WithSamples
 from ghostfunc._randomness import DrewRandomNumbers, RandomState
@@ -33,7 +35,7 @@ class _Values(NamedTuple):
 
 
 class ValueAndGradDot(_Values):
-    """What `value_and_grad_dot` returns: the tuple `(losses, val_losses, grads, dots)`, and `unused` beside it.
+    """What `value_and_grad_dot` returns: the tuple `(losses, val_losses, grads, dots)`; `unused` and `bound` beside it.
 
     Attributes:
         losses: `[n]`, of the train samples.
@@ -41,9 +43,23 @@ class ValueAndGradDot(_Values):
         grads: the gradient of the mean train loss, by name.
         dots: the dot products, in the axes that `out` asks for.
         unused: names of parameters that the train losses do not depend on; their gradients and dots are zero.
+        bound: with `rank=`, the most that each of the dots may be off the exact one, in the same axes; else None.
     """
 
     unused: tuple[str, ...] = ()
+    bound: Dots | None = None
+
+
+class BoundedDots(NamedTuple):
+    """Dot products with directions of low rank: what `ghost_grad_dot` and `ghost_grad_along` return with `rank=`.
+
+    Attributes:
+        dots: the dot products, in the axes that `out` asks for.
+        bound: the most that each may be off the exact one, in the same axes.
+    """
+
+    dots: Dots
+    bound: Dots
 
 
 class Shares(NamedTuple):
@@ -70,12 +86,14 @@ class Asked(NamedTuple):
         reduction: over the validation samples, where the axes have none.
         layer_of: the layer of a parameter.
         heads: patterns by parameter, for the axis "head".
+        rank: of the directions that stand for those of the linear maps; None for these themselves.
     """
 
     axes: Axes
     reduction: str
     layer_of: LayerOf
     heads: Mapping[str, str] | None
+    rank: int | None = None
 
     @property
     def each_val(self) -> bool:
@@ -96,6 +114,25 @@ class Asked(NamedTuple):
             )
         return self.heads[name]
 
+    def joint(self, call: Call, n: int, m: int) -> Joint:
+        """The products of n train samples with m validation samples of the same run."""
+        how = (call.names, n, m, self.each_val, not call.lenient, call.budget)
+        return Joint(*how) if self.rank is None else LowRankJoint(*how, rank=self.rank)
+
+    def along(self, call: Call, train: int, directions: Mapping[str, Tensor]) -> Along:
+        """The products of train samples with a direction that is there."""
+        how = (call.names, train, directions, 1, call.budget)
+        return Along(*how) if self.rank is None else LowRankAlong(*how, rank=self.rank)
+
+    def bound(
+        self, products: Products, result: Run, names: frozenset[str], units: Units, scale: float | int
+    ) -> Dots | None:
+        """Bounds on the errors of what `arranged` gives of the same run; None where nothing is approximated."""
+        if self.rank is None:
+            return None
+        bounds = cast(LowRankJoint | LowRankAlong, products).bounds
+        return self.arranged({name: bounds(result, name) for name in result.leaves if name in names}, units, scale)
+
     def arranged(self, columns: dict[str, Tensor], units: Units, scale: float | int) -> Dots:
         """Columns `[units, k]`, or `[units, k, H]`, in the axes asked for."""
         columns = units.own(columns)
@@ -109,11 +146,39 @@ ALL_AXES = ("param", "layer", "train", "token", "val", "head")
 
 
 def asked_of(
-    out: str, available: tuple[str, ...], reduction: str, layer_of: LayerOf, heads: Mapping[str, str] | None
+    out: str,
+    available: tuple[str, ...],
+    reduction: str,
+    layer_of: LayerOf,
+    heads: Mapping[str, str] | None,
+    rank: int | None,
+    dtype: torch.dtype,
 ) -> Asked:
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'sum' over the validation samples.")
-    return Asked(parse(out, available), reduction, layer_of, heads)
+    axes = parse(out, available)
+    if rank is not None:
+        _check_rank(rank, axes, dtype)
+    return Asked(axes, reduction, layer_of, heads, rank)
+
+
+def _check_rank(rank: int, axes: Axes, dtype: torch.dtype) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank={rank!r}: expected a positive int, or None for exact dot products.")
+    if rank < 1:
+        raise ValueError(f"rank={rank}: expected a positive int, or None for exact dot products.")
+    if torch.finfo(dtype).eps > torch.finfo(torch.float32).eps:
+        raise ValueError(f"rank={rank} with dtype={dtype}: in less than float32 the bound is one of rounding alone.")
+    for axis, why in _WHOLE.items():
+        if axes.has(axis):
+            raise ValueError(f"out={axes.out!r} with rank={rank}: {why}. Leave the axis {axis!r} out, or rank=.")
+
+
+_WHOLE = {
+    "val": "one direction is approximated, the sum of the validation samples' gradients, and none for each of them",
+    "token": "the error is bounded for whole samples, not for their positions",
+    "head": "the direction of low rank is of a whole weight, not of its heads",
+}
 
 
 def dots_of(
@@ -168,7 +233,7 @@ def _joint(
 ) -> tuple[ValueAndGradDot, Any]:
     weights = call.weights(n + m, 1.0 / n if grads else 1.0)
     weights[n:] = asked.val_weight(m)
-    products = Joint(call.names, n, m, asked.each_val, fuse=not call.lenient)
+    products = asked.joint(call, n, m)
     result = call.contracted(
         products,
         join(train, val),
@@ -180,9 +245,10 @@ def _joint(
         batches=(("train", n), ("val", m)),
     )
     columns = product_columns(products, result, call.names)
-    dots = asked.arranged(columns, Units(n, n, None), n if grads else 1)
+    units, scale = Units(n, n, None), n if grads else 1
+    dots, bound = asked.arranged(columns, units, scale), asked.bound(products, result, call.names, units, scale)
     aux = pytree.tree_map_only(Tensor, lambda t: t[:n] if t.dim() and len(t) == n + m else t, result.aux)
-    return _values(result, result.losses[:n], result.losses[n:], dots), aux
+    return _values(result, result.losses[:n], result.losses[n:], dots, bound), aux
 
 
 def _two_phase(
@@ -217,7 +283,7 @@ def _two_phase(
     if direction is None:
         products = WithSamples(call.names, units.runs, first, m)
     else:
-        products = Along(call.names, units.runs, {} if about else one_direction(direction, call), 1)
+        products = asked.along(call, units.runs, {} if about else one_direction(direction, call))
     sums = grads or about
     how = {
         "train": units.runs,
@@ -234,13 +300,14 @@ def _two_phase(
     result.grads, result.unused = call.sums(result.grads), call.unused(result.unused)
     if about:
         assert precondition is not None and direction is not None
-        products = Along(call.names, units.runs, one_direction(precondition(direction, result.grads), call), 1)
+        products = asked.along(call, units.runs, one_direction(precondition(direction, result.grads), call))
     columns = by_head(call, products, result, units, asked) if asked.by_head else None
     columns = columns or product_columns(products, result, call.names)
     if not grads:
         result.grads = {}
-    dots = asked.arranged(columns, units, shares.all_n if sums else 1)
-    return _values(result, result.losses, first.losses[val_here], dots), result.aux
+    scale = shares.all_n if sums else 1
+    dots, bound = asked.arranged(columns, units, scale), asked.bound(products, result, call.names, units, scale)
+    return _values(result, result.losses, first.losses[val_here], dots, bound), result.aux
 
 
 def by_head(call: Call, products: Products, result: Run, units: Units, asked: Asked) -> dict[str, Tensor]:
@@ -256,7 +323,7 @@ def by_head(call: Call, products: Products, result: Run, units: Units, asked: As
     return columns
 
 
-def _values(result: Run, losses: Tensor, val_losses: Tensor, dots: Dots) -> ValueAndGradDot:
+def _values(result: Run, losses: Tensor, val_losses: Tensor, dots: Dots, bound: Dots | None) -> ValueAndGradDot:
     values = ValueAndGradDot(losses, val_losses, result.grads, dots)
-    values.unused = result.unused
+    values.unused, values.bound = result.unused, bound
     return values

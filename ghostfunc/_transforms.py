@@ -12,11 +12,10 @@ from ghostfunc._axes import LayerOf
 from ghostfunc._batch import batch_size, plain
 from ghostfunc._call import Layers, Params, checked, one_direction, product_columns, units_of
 from ghostfunc._compile import one_node
-from ghostfunc._dots import ALL_AXES, Precondition, asked_of, by_head, dots_of
+from ghostfunc._dots import ALL_AXES, BoundedDots, Precondition, asked_of, by_head, dots_of
 from ghostfunc._factors import Factor
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._nesting import unrecorded
-from ghostfunc._products import Along
 from ghostfunc._ranks import Group
 from ghostfunc._run import base_factor
 
@@ -32,6 +31,7 @@ def ghost_grad_dot(
     reduction: str = "mean",
     precondition: Precondition | None = None,
     schedule: str = "auto",
+    rank: int | None = None,
     dtype: torch.dtype | None = None,
     layers: Layers = "",
     layer_of: LayerOf = "",
@@ -62,6 +62,10 @@ def ghost_grad_dot(
         precondition: a function of the validation gradient (a dict like `params`) that gives the direction used.
         schedule: "joint": train and validation rows in one forward and backward; "two-phase": the validation gradient
             first; "auto": joint where the batches allow it and nothing random is drawn.
+        rank: r, to take in place of the validation gradient of each linear map one of rank r near it, by a randomised
+            range finder: the dot products with it cost r (d_in + d_out) for each row where exact ones cost d_in d_out,
+            and come with a bound on their error. A weight whose exact dot products cost less has these. Docs:
+            `docs/low_rank.md`.
         dtype: the dtype of contractions; by default float32, float64 for float64 parameters.
         layers: restricts the dot products to parameters whose names match: comma-separated parts, matched at dots, or
             names, or a function of the name.
@@ -86,14 +90,17 @@ def ghost_grad_dot(
             ranks make the call, and what one raises, all raise.
 
     Returns:
-        The dot products in the axes of `out`; with `has_aux`, `(dots, aux)`.
+        The dot products in the axes of `out`; with `rank`, `BoundedDots(dots, bound)`, where no dot product is further
+        from the exact one than its bound; with `has_aux`, `(dots, aux)`.
 
     Raises:
         UnsupportedUse: if the use of a parameter is not accounted for, or if the samples cannot share what a random
             operation draws (randomness="same").
         InteractingSamples: if a sample's loss depends on other samples.
         RuntimeError: if random numbers are drawn (randomness="error").
-        ValueError: for batches, axes, layers or schedules that do not fit.
+        TypeError: for a rank that is no int.
+        ValueError: for batches, axes, layers, ranks or schedules that do not fit; for a rank with the axes "val",
+            "token" or "head", or with a dtype below float32.
 
     Example:
         >>> import torch, ghostfunc as gf
@@ -110,13 +117,14 @@ def ghost_grad_dot(
         call,
         train,
         val,
-        asked_of(out, ALL_AXES, reduction, layer_of, heads),
+        asked_of(out, ALL_AXES, reduction, layer_of, heads, rank, call.dtype),
         precondition=precondition,
         schedule=schedule,
         grads=False,
         segments=segments,
     )
-    return (values.dots, aux) if has_aux else values.dots
+    dots = values.dots if values.bound is None else BoundedDots(values.dots, values.bound)
+    return (dots, aux) if has_aux else dots
 
 
 @one_node
@@ -130,6 +138,7 @@ def value_and_grad_dot(
     reduction: str = "mean",
     precondition: Precondition | None = None,
     schedule: str = "auto",
+    rank: int | None = None,
     dtype: torch.dtype | None = None,
     layers: Layers = "",
     layer_of: LayerOf = "",
@@ -152,6 +161,7 @@ def value_and_grad_dot(
         precondition: as in `ghost_grad_dot`.
         schedule: as in `ghost_grad_dot`. With dropout active, "auto" takes "two-phase": train samples draw what a plain
             step would, validation samples run without dropout.
+        rank: as in `ghost_grad_dot`; the bound is the result's `.bound`, and `grads` are exact.
         dtype: as in `ghost_grad_dot`.
         layers: restricts the dot products; `grads` has every parameter.
         layer_of: as in `ghost_grad_dot`.
@@ -165,8 +175,8 @@ def value_and_grad_dot(
 
     Returns:
         `ValueAndGradDot(losses[n], val_losses[m], grads, dots)`; `grads` is what `torch.func.grad` of the mean train
-        loss gives, and `.unused` names the parameters that the train losses do not depend on. With
-        `has_aux`, `(ValueAndGradDot, aux)`.
+        loss gives, `.unused` names the parameters that the train losses do not depend on, and with `rank` `.bound` has
+        the axes of the dots. With `has_aux`, `(ValueAndGradDot, aux)`.
 
     Raises:
         UnsupportedUse: as in `ghost_grad_dot`.
@@ -187,7 +197,7 @@ def value_and_grad_dot(
         call,
         train,
         val,
-        asked_of(out, ALL_AXES, reduction, layer_of, heads),
+        asked_of(out, ALL_AXES, reduction, layer_of, heads, rank, call.dtype),
         precondition=precondition,
         schedule=schedule,
         grads=True,
@@ -204,6 +214,7 @@ def ghost_grad_along(
     direction: Params,
     *,
     out: str = "sample",
+    rank: int | None = None,
     dtype: torch.dtype | None = None,
     layers: Layers = "",
     layer_of: LayerOf = "",
@@ -221,6 +232,7 @@ def ghost_grad_along(
         batch: a pytree of tensors `[B, ...]`.
         direction: a dict like `params`.
         out: as in `ghost_grad_dot`, without "val": "sample" `[B]`, "param sample" a dict of `[B]`, ...
+        rank: as in `ghost_grad_dot`.
         dtype: as in `ghost_grad_dot`.
         layers: as in `ghost_grad_dot`.
         layer_of: as in `ghost_grad_dot`.
@@ -231,7 +243,7 @@ def ghost_grad_along(
         segments: as in `ghost_grad_dot`.
 
     Returns:
-        `[B]`, or a dict of them; with `has_aux`, `(dots, aux)`.
+        `[B]`, or a dict of them; with `rank`, `BoundedDots(dots, bound)`; with `has_aux`, `(dots, aux)`.
 
     Raises:
         UnsupportedUse: as in `ghost_grad_dot`.
@@ -246,11 +258,12 @@ def ghost_grad_along(
         torch.Size([5])
     """
     call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness)
-    asked = asked_of(out, tuple(axis for axis in ALL_AXES if axis != "val"), "sum", layer_of, heads)
+    available = tuple(axis for axis in ALL_AXES if axis != "val")
+    asked = asked_of(out, available, "sum", layer_of, heads, rank, call.dtype)
     batch = plain(batch)
     samples = batch_size(batch, "given")
     units = units_of(batch, samples, segments, token=asked.axes.has("token"))
-    products = Along(call.names, units.runs, one_direction(direction, call), 1)
+    products = asked.along(call, units.runs, one_direction(direction, call))
     how = {"train": units.runs, "segments": units.segments}
     if asked.by_head:
         result = call.run(batch, samples, factors=call.names, **how)
@@ -258,7 +271,8 @@ def ghost_grad_along(
     else:
         result = call.contracted(products, batch, samples, **how)
         columns = product_columns(products, result, call.names)
-    dots = asked.arranged(columns, units, 1)
+    dots, bound = asked.arranged(columns, units, 1), asked.bound(products, result, call.names, units, 1)
+    dots = dots if bound is None else BoundedDots(dots, bound)
     return (dots, result.aux) if has_aux else dots
 
 
