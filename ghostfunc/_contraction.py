@@ -146,7 +146,7 @@ def collected(
     all_m = call.over_ranks(m)
     names = tuple(name for name in call.params if name in call.names)
     accumulators = start(Setting(call.params, names, call.dtype, units.runs, m, all_m))
-    joint = m > 0 and not cannot_join(train, val) and not call.has_aux and m <= n and units.segments is None
+    joint = m > 0 and not cannot_join(train, val) and not call.has_aux and units.segments is None
     joint = joint and call.ranks is None
 
     def contraction(val_here: int, val_run: Run | None) -> Contraction:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from ghostfunc._axes import match_layers
 from ghostfunc._batch import batch_size, cannot_join, join, plain
@@ -30,6 +30,8 @@ from ghostfunc._products import Along, Joint
 from ghostfunc._randomness import DrewRandomNumbers, RandomState
 from ghostfunc._run import Want, forward
 from ghostfunc._sites import Site
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ def explain(
     *,
     layers: str | Callable[[str], bool] = "",
     on_unsupported: str = "raise",
+    schedule: str = "auto",
     memory: int | float | None = None,
 ) -> Plan:
     """The plan for a model and a batch, from one forward.
@@ -164,6 +167,7 @@ def explain(
         val: a validation batch, for the plan of `value_and_grad_dot`; without it, that of `ghost_grad_along`.
         layers: as in `ghost_grad_dot`.
         on_unsupported: as in `ghost_grad_dot`.
+        schedule: as in `value_and_grad_dot`; "joint" is taken where it is possible.
         memory: as in `ghost_grad_dot`.
 
     Returns:
@@ -186,7 +190,9 @@ def explain(
     n = batch_size(batch, "train")
     m = 0 if val is None else batch_size(val, "val")
     names = match_layers(layers, list(params))
-    joint = m > 0 and m <= n and not cannot_join(batch, val)
+    if schedule not in ("auto", "joint", "two-phase"):
+        raise ValueError(f"schedule={schedule!r}: expected 'auto', 'joint' or 'two-phase'.")
+    joint = m > 0 and schedule != "two-phase" and not cannot_join(batch, val)
     before = RandomState.of(next(iter(params.values())).device)
     plan = partial(_plan, model_fn, params, batch, val, n, m, names, on_unsupported == "dense", Budget(memory))
     try:
@@ -246,7 +252,7 @@ def _flops_of_plain_step(model_fn: ModelFn, params: dict[str, Tensor], batch: An
         warnings.simplefilter("ignore")
         leaves = {name: fake.from_tensor(p.detach()).requires_grad_() for name, p in params.items()}
         batch = pytree.tree_map_only(Tensor, fake.from_tensor, batch)
-        counter = FlopCounterMode(display=False)
+        counter = FlopCounterMode(display=False, custom_mapping={aten.convolution_backward: _of_convolution_backward})
         try:
             with counter, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
                 out = model_fn(leaves, batch)
@@ -255,6 +261,14 @@ def _flops_of_plain_step(model_fn: ModelFn, params: dict[str, Tensor], batch: An
         except Exception:  # whatever a model does that needs values: the plan is whole without this count
             return None
     return counter.get_total_flops()
+
+
+def _of_convolution_backward(
+    g: Any, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: Any,
+    output_padding: Any, groups: Any, mask: Any, **_: Any,
+) -> int:  # fmt: skip
+    """As many products for each of the two gradients as in the forward; torch's formula forgets groups."""
+    return (mask[0] + mask[1]) * conv_flop_count(list(x), list(weight), list(g), transposed)
 
 
 def _use(site: Site, n: int, samples: int, m: int, joint: bool, probe: str, budget: Budget) -> Use:

@@ -8,8 +8,6 @@ the weight gradient: no product is made a second time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
@@ -17,7 +15,8 @@ from torch import Tensor
 from ghostfunc._directions import Directions
 from ghostfunc._factors import Outer
 
-_LONG = 1 << 16  # entries that one float32 product sums without losing a digit
+_LONG = 1 << 17  # entries that one float32 product sums without losing a digit
+_SQUARES = 1 << 16  # and one norm
 
 
 def stream(
@@ -83,14 +82,15 @@ def long_products(rows: Inexact[Tensor, "n s"], others: Inexact[Tensor, "k s"]) 
     """Dot products of rows with rows, summed in blocks: over millions of entries one product loses a digit or two."""
     if rows.shape[1] <= _LONG:
         return rows @ others.t()
-    return torch.stack([rows[:, block] @ others[:, block].t() for block in _blocks(rows.shape[1])]).sum(0)
+    blocks = [slice(start, start + _LONG) for start in range(0, rows.shape[1], _LONG)]
+    return torch.stack([rows[:, block] @ others[:, block].t() for block in blocks]).sum(0)
 
 
 def squares(rows: Inexact[Tensor, "n s"]) -> Inexact[Tensor, " n"]:
     """The squared norm of every row, summed in blocks."""
-    blocks = [torch.linalg.vector_norm(rows[:, block], dim=1).square() for block in _blocks(rows.shape[1])]
-    return torch.stack(blocks).sum(0) if len(blocks) > 1 else blocks[0]
-
-
-def _blocks(length: int) -> Iterator[slice]:
-    return (slice(start, min(start + _LONG, length)) for start in range(0, max(1, length), _LONG))
+    whole = rows.shape[1] // _SQUARES * _SQUARES
+    found = torch.linalg.vector_norm(rows[:, whole:], dim=1).square()
+    if not whole:
+        return found
+    blocks = rows[:, :whole].unflatten(1, (-1, _SQUARES))
+    return found + torch.linalg.vector_norm(blocks, dim=2).square().sum(1)
