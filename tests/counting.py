@@ -7,7 +7,7 @@ largest operations, and in products that have more entries than what they multip
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -138,13 +138,14 @@ class Counted(TorchDispatchMode):
         products: every operation with a formula, in the order in which they ran.
         passes: every other operation that touched an entry, in the order in which they ran.
         bodies: whether a custom operator is counted by its Python body instead of by its formula.
+        apart: names of operators that are left out, such as decompositions, which have no count of products.
     """
 
-    def __init__(self, *, bodies: bool = False) -> None:
+    def __init__(self, *, bodies: bool = False, apart: Sequence[str] = ()) -> None:
         super().__init__()
         self.products: list[Product] = []
         self.passes: list[Entries] = []
-        self.bodies = bodies
+        self.bodies, self.apart = bodies, apart
         self._formulas = FlopCounterMode(display=False, custom_mapping=FORMULAS).flop_registry
 
     @property
@@ -186,7 +187,7 @@ class Counted(TorchDispatchMode):
         if packet in self._formulas:
             written = sum(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))
             self.products.append(Product(name, self._formulas[packet](*args, **kwargs, out_val=out), written))
-        else:
+        elif name not in self.apart:
             self._pass(func, name, args, kwargs, out)
         return out
 
@@ -237,16 +238,16 @@ class Allocated(TorchDispatchMode):
         return out
 
 
-def counted(run: Callable[[], Any], *, bodies: bool = False) -> Counted:
+def counted(run: Callable[[], Any], *, bodies: bool = False, apart: Sequence[str] = ()) -> Counted:
     """Run something and count it."""
-    with Counted(bodies=bodies) as found:
+    with Counted(bodies=bodies, apart=apart) as found:
         run()
     return found
 
 
-def flops(run: Callable[[], Any]) -> int:
+def flops(run: Callable[[], Any], *, apart: Sequence[str] = ()) -> int:
     """FLOPs of the products of a run."""
-    return counted(run).total_flops
+    return counted(run, apart=apart).total_flops
 
 
 def custom_operators() -> dict[str, Callable[..., Any]]:

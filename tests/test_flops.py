@@ -1,30 +1,15 @@
-"""The arithmetic of `value_and_grad_dot`: what the concatenated batch costs, counted by torch and by hand."""
-
-from collections.abc import Callable
-from typing import Any
+"""The arithmetic of each quantity, counted by hand: what the concatenated batch costs, and what each pass adds."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import Draw
+from counting import counted, flops, plain_step
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import ghostfunc as gf
 
 CPU = torch.device("cpu")
-
-
-def flops(run: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
-def plain_step(model_fn: Any, params: dict[str, Tensor], batch: Any) -> None:
-    """Forward and backward of the mean loss."""
-    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-    torch.autograd.grad(model_fn(leaves, batch).mean(), list(leaves.values()))
 
 
 def two_layers(n: int, m: int, positions: int, width: int, hidden: int):
@@ -44,19 +29,27 @@ def test_plain_step_by_hand():
     assert flops(lambda: plain_step(model_fn, params, train)) == 5 * product
 
 
+@pytest.mark.parametrize("schedule", ["joint", "two-phase"])
 @pytest.mark.parametrize(("n", "m", "positions"), [(4, 1, 128), (4, 4, 128), (2, 8, 64)])
-def test_dots_cost_the_concatenated_batch(n, m, positions):
+def test_dots_cost_the_concatenated_batch(n, m, positions, schedule):
     """Five products per row of the train and val batches, and for each sample one pass over each weight's size.
 
-    The pass is the contraction of a sample's gradient tile with the direction. Less than the five products would mean
-    operations that the counter does not see.
+    The pass is the contraction of a sample's gradient tile with the direction. The bias has a pass of its own.
     """
     width, hidden = 64, 96
     model_fn, params, train, val = two_layers(n, m, positions, width, hidden)
     products = 5 * 2 * (n + m) * positions * width * hidden
-    passes = 2 * 2 * 2 * n * width * hidden
-    counted = flops(lambda: gf.value_and_grad_dot(model_fn, params, train, val))
-    assert products <= counted <= products + passes
+    passes = 2 * n * (2 * width * hidden + hidden)
+    assert flops(lambda: gf.value_and_grad_dot(model_fn, params, train, val, schedule=schedule)) == products + passes
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_the_matrix_costs_a_pass_for_each_val_sample(m):
+    n, positions, width, hidden = 4, 128, 64, 96
+    model_fn, params, train, val = two_layers(n, m, positions, width, hidden)
+    products = 5 * 2 * (n + m) * positions * width * hidden
+    passes = 2 * n * m * (2 * width * hidden + hidden)
+    assert flops(lambda: gf.value_and_grad_dot(model_fn, params, train, val, out="train val")) == products + passes
 
 
 @pytest.mark.parametrize(("n", "m"), [(4, 1), (4, 4)])
@@ -65,8 +58,29 @@ def test_one_direction_for_many_micro_batches(n, m):
     positions, width, hidden = 128, 64, 96
     model_fn, params, train, _ = two_layers(n, m, positions, width, hidden)
     product = 2 * n * positions * width * hidden
-    counted = flops(lambda: gf.ghost_grad_along(model_fn, params, train, params))
-    assert 5 * product <= counted <= 5.2 * product  # XV, then row dots: as much as the weight gradients it replaces
+    found = flops(lambda: gf.ghost_grad_along(model_fn, params, train, params))
+    assert 5 * product <= found <= 5.2 * product  # XV, then row dots: as much as the weight gradients it replaces
+
+
+def test_norms_cost_a_plain_step():
+    """Each sample's gradient is made once, in tiles; squaring their entries is no product, and a pass over each."""
+    n, positions, width, hidden = 4, 128, 64, 96
+    model_fn, params, train, _ = two_layers(n, 1, positions, width, hidden)
+    found = counted(lambda: gf.ghost_grad_norm(model_fn, params, train))
+    assert found.total_flops == 5 * 2 * n * positions * width * hidden
+    plain = counted(lambda: plain_step(model_fn, params, train))
+    assert found.entries - plain.entries <= 2 * n * 2 * width * hidden
+
+
+def test_everything_at_once():
+    """Tiles that are made once serve the gradient, dots, the matrix, the Gram matrix and norms: a pass for each."""
+    n, m, positions, width, hidden = 4, 2, 128, 64, 96
+    model_fn, params, train, val = two_layers(n, m, positions, width, hidden)
+    want = {"dots": gf.Dot(), "matrix": gf.Dot("train val"), "gram": gf.Gram(), "norms": gf.Norm()}
+    products = 5 * 2 * (n + m) * positions * width * hidden
+    passes = 2 * n * (1 + m + n) * (2 * width * hidden + hidden)
+    found = flops(lambda: gf.ghost_quantities(model_fn, params, train, val, want=want))
+    assert products <= found <= products + passes
 
 
 def gpt2(*, tied: bool, layers: int, width: int, heads: int, vocabulary: int, positions: int):
@@ -89,17 +103,18 @@ def ratio(*, tied: bool, n: int, m: int, positions: int, **size: int) -> float:
     return flops(lambda: gf.value_and_grad_dot(model_fn, params, train, val)) / plain
 
 
-@pytest.mark.parametrize(("tied", "bound"), [(False, 1.27), (True, 1.32)])
+@pytest.mark.parametrize(("tied", "bound"), [(False, 1.26), (True, 1.28)])
 def test_a_narrow_gpt2(tied, bound):
     """At least the concatenated batch, (B + Bv) / B, and little beside it. A narrow model pays more for the passes."""
     measured = ratio(tied=tied, n=4, m=1, positions=128, layers=2, width=96, heads=2, vocabulary=1000)
-    assert 1.24 <= measured <= bound
+    print(f"FLOPs of value_and_grad_dot over a plain step, {'tied' if tied else 'untied'}: {measured:.4f}")
+    assert 1.25 <= measured <= bound
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tied", "bound"), [(False, 1.26), (True, 1.30)])
+@pytest.mark.parametrize(("tied", "bound"), [(False, 1.255), (True, 1.26)])
 def test_gpt2_small(tied, bound):
     """12 layers of 768, vocabulary 50257, B = 4, Bv = 1, T = 256."""
     measured = ratio(tied=tied, n=4, m=1, positions=256, layers=12, width=768, heads=12, vocabulary=50257)
     print(f"FLOPs of value_and_grad_dot over a plain step, {'tied' if tied else 'untied'}: {measured:.4f}")
-    assert 1.24 <= measured <= bound
+    assert 1.25 <= measured <= bound

@@ -119,17 +119,17 @@ def within(counted: int, planned: int | None, share: float = 0.01) -> bool:
     return (1 - share) * planned <= counted <= (1 + share) * planned
 
 
+@pytest.mark.parametrize("schedule", ["joint", "two-phase", "auto"])
 @pytest.mark.parametrize(("make", "sizes"), MODELS, ids=identifier)
-def test_the_plan_is_what_is_counted(make, sizes):
+def test_the_plan_is_what_is_counted(make, sizes, schedule):
     """The plain step, the concatenated batch and the call itself, each within 1% from above and from below."""
     work = make(*sizes, torch.float32)
-    plan = gf.explain(*work)
+    plan = gf.explain(*work, schedule=schedule)
+    assert plan.schedule == schedule or schedule == "auto"
     plain, floor = (flops(lambda b=b: plain_step(work.model_fn, work.params, b)) for b in (work.train, work.both))
     assert within(plain, plan.plain_flops)
     assert within(floor, plan.floor_flops)
-    found = flops(lambda: gf.value_and_grad_dot(*work))
-    assert within(found, plan.total_flops)
-    assert found == flops(lambda: gf.value_and_grad_dot(*work, schedule=plan.schedule))
+    assert within(flops(lambda: gf.value_and_grad_dot(*work, schedule=schedule)), plan.total_flops)
 
 
 @pytest.mark.parametrize(("make", "sizes"), MODELS, ids=identifier)
