@@ -17,6 +17,7 @@ from torch import Tensor
 from ghostfunc._factors import Factor, Gather, Outer
 from ghostfunc._nesting import recorded
 from ghostfunc._planner import MEMORY_BOUND
+from ghostfunc._seen import Seen
 from ghostfunc._stream import add_up
 from ghostfunc._tiles import Block, Tile, tiles
 
@@ -51,6 +52,7 @@ class Accumulator(ABC):
 
     val = ""  # what it needs of the validation samples: "", "sum" or "each"
     together = False  # whether a tile has to have all samples
+    adds_up = True  # whether it is a sum of products of one use with one use
 
     def __init__(self, setting: Setting, *shape: int) -> None:
         self.setting = setting
@@ -107,7 +109,7 @@ def accumulate(
     making += block.making(block.val) if any(a.val for a in accumulators) else 0
     all_by_pairs = sum(a.pairs_cost(block) for a in accumulators) + want_grad * block.making(block.train)
     with_tiles = making + sum(min(a.tile_cost(block), a.pairs_cost(block)) for a in accumulators)
-    makes_tiles = with_tiles < all_by_pairs
+    makes_tiles = with_tiles < all_by_pairs and not any(isinstance(f, Seen) for f in block.train)
     from_tiles = [a for a in accumulators if makes_tiles and a.tile_cost(block) <= a.pairs_cost(block)]
     for a in accumulators:
         if all(a is not other for other in from_tiles):
@@ -145,7 +147,7 @@ def pairs_flops(block: Block, ours: tuple[Factor, ...], theirs: tuple[Factor, ..
             if isinstance(one, Outer | Gather) and isinstance(other, Outer | Gather):
                 indexed = isinstance(one, Gather) or isinstance(other, Gather)  # the rows' side is no product then
                 width = block.cols + (0 if indexed else block.rows)
-                flops += 2 * n * one.g.shape[1] * m * other.g.shape[1] * width
+                flops += 2 * n * one.positions * m * other.positions * width
             else:
                 flops += 2 * n * m * block.rows * block.cols
     return flops

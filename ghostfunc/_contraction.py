@@ -8,7 +8,7 @@ gradient is known at the end), keep their factors until the backward has run.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,13 +19,14 @@ from ghostfunc._accumulate import Accumulator, Setting, accumulate
 from ghostfunc._batch import batch_size, cannot_join, join
 from ghostfunc._call import Call, Units
 from ghostfunc._contract import scaled, total
-from ghostfunc._factors import Factor
-from ghostfunc._nesting import unrecorded
-from ghostfunc._products import bytes_of_plain_step, meet, same, sites_by_name
+from ghostfunc._factors import Factor, Outer
+from ghostfunc._nesting import readable, unrecorded
+from ghostfunc._products import bytes_of_plain_step, look_ups_before, meet, same, sites_by_name
 from ghostfunc._projection import TAP, Projected
 from ghostfunc._quantities import Dots
 from ghostfunc._randomness import DrewRandomNumbers, RandomState
 from ghostfunc._run import Run
+from ghostfunc._seen import Seen
 from ghostfunc._sites import Site
 from ghostfunc._tiles import Block, blocks_of
 
@@ -51,21 +52,35 @@ class Contraction:
     projected: Projected | None = None
     val_run: Run | None = None
     fuse: bool = True
+    seen: dict[Site, Factor] = field(default_factory=dict, init=False)  # what look-ups need of tied heads
 
     def more_taps(self, site: Site) -> dict[str, Tensor]:
         """A tap for the projection."""
         return {} if self.projected is None or not self.fuse else self.projected.more_taps(site)
 
     def plan(self, sites: list[Site]) -> None:
-        """Fuse every linear map whose weight, or part of one, has no other use."""
+        """Fuse every linear map whose weight, or part of one, has no other use, or only look-ups before it."""
         self.call.budget.resolve(bytes_of_plain_step(sites))
         by_name = sites_by_name(sites)
         for site in sites:
             others = [s for s in by_name[site.tracked.names[0]] if s is not site and meet(s, site)]
             block = self._alone(site) if self.fuse and site.kind == "outer" and not others else None
+            if block is None and self._is_tied_head(site, others):
+                site.look_ups = others
+                block = self._alone(site)
             if block is not None and site.tracked.root is not None:
                 site.treatment = "fused"
                 site.contract = partial(self._contract, site, block)
+
+    def _is_tied_head(self, site: Site, others: list[Site]) -> bool:
+        """Whether a linear map can be contracted at once, and its products with look-ups of its weight later."""
+        can = self.fuse and self.projected is None and all(a.adds_up for a in self.accumulators)
+        before = look_ups_before(site)
+        if not (can and site.kind == "outer" and others and all(s in before for s in others)):
+            return False
+        if self.val_run is not None and any(a.val for a in self.accumulators):
+            return False
+        return all(s.ids is not None and readable(s.ids) for s in others)
 
     def _alone(self, site: Site) -> Callable[[Factor], Block] | None:
         """How the block of a site that meets no other is made of its factor."""
@@ -91,6 +106,8 @@ class Contraction:
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         budget = self.call.budget.bytes
         grad = accumulate(block(factor), self.accumulators, want_grad=site.wants_grad, budget=budget)
+        if site.look_ups and isinstance(factor, Outer):
+            self.seen[site] = Seen.of(factor, [s.sample_rows_of_ids() for s in site.look_ups])
         values: dict[str, Tensor] = {}
         if self.projected is not None and TAP in site.taps:
             values[TAP] = self.projected.project(site, factor)
@@ -98,6 +115,7 @@ class Contraction:
 
     def finish(self, result: Run) -> None:
         """Contract the factors that were kept."""
+        result.add_factors(self.seen)
         with unrecorded(), torch.autocast(result.losses.device.type, enabled=False):
             for name in self.call.params:
                 if name in self.call.names:

@@ -56,7 +56,7 @@ class Joint:
             return {}
         like = site.tracked.real
         taps = {"dots": zero_tap(like, (self.train, self.count), site.dtype)}
-        for index, look_up in enumerate(_look_ups(site)):
+        for index, look_up in enumerate(look_ups_before(site)):
             rows, ids = site.positions, look_up.positions
             taps[f"train columns {index}"] = zero_tap(like, (self.train * rows, self.val * ids), site.dtype)
             taps[f"val columns {index}"] = zero_tap(like, (self.val * rows, self.train * ids), site.dtype)
@@ -70,7 +70,7 @@ class Joint:
             if site.kind != "outer" or "dots" not in site.taps or site.tracked.root is None:
                 continue
             others = [s for s in by_name[site.tracked.names[0]] if s is not site and meet(s, site)]
-            look_ups = site.look_ups = _look_ups(site)
+            look_ups = site.look_ups = look_ups_before(site)
             if others and (site.tracked.derivation is not None or any(s not in look_ups for s in others)):
                 continue
             site.treatment = "fused"
@@ -87,8 +87,8 @@ class Joint:
             grad, values = self._contract_rows(site, train, val)
             for index, look_up in enumerate(look_ups):
                 ids = look_up.sample_rows_of_ids()  # [S, R']
-                values[f"train columns {index}"] = train.left.flatten(0, 1)[:, ids[n:].flatten()]
-                values[f"val columns {index}"] = val.left.flatten(0, 1)[:, ids[:n].flatten()]
+                values[f"train columns {index}"] = train.left_at(ids[n:].flatten()).flatten(0, 1)
+                values[f"val columns {index}"] = val.left_at(ids[:n].flatten()).flatten(0, 1)
             if look_ups:
                 site.fused_right = factor.right
             return None if grad is None else grad.view(site.tracked.real.shape), values
@@ -331,7 +331,7 @@ def _pairable(train: Mapping[Site, Factor], val: Mapping[Site, Factor]) -> bool:
     return all(same(a, b) or not meet(a, b) for a in train for b in val)
 
 
-def _look_ups(site: Site) -> list[Site]:
+def look_ups_before(site: Site) -> list[Site]:
     """Look-ups of a linear map's weight that ran before it."""
     if site.tracked.derivation is not None:
         return []

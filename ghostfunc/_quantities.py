@@ -25,6 +25,7 @@ from ghostfunc._accumulate import Accumulator, Setting, pairs_flops
 from ghostfunc._axes import Axes, LayerOf, arrange, parse
 from ghostfunc._contract import along, pair, pair_own, pair_sum
 from ghostfunc._kronecker import KroneckerProjection
+from ghostfunc._seen import Seen, untaken
 from ghostfunc._stream import long_products, squares
 from ghostfunc._tiles import Block, Tile
 
@@ -71,7 +72,8 @@ class _AlongOne(Accumulator):
     def by_pairs(self, block: Block) -> None:
         direction = _direction_of(block, self.direction, self.setting.dtype).reshape(1, *block.shape)
         for factor in block.train:
-            self.add(block.name, along(factor, direction))
+            if not isinstance(factor, Seen):
+                self.add(block.name, along(factor, direction))
 
     def by_tile(self, tile: Tile) -> None:
         rows = _direction_of(tile.block, self.direction, self.setting.dtype)[tile.start : tile.stop]
@@ -107,9 +109,8 @@ class Dots(_AlongOne):
         if not self.val:
             super().by_pairs(block)
             return
-        for ours in block.train:
-            for theirs in block.val:
-                self.add(block.name, (pair if self.each else pair_sum)(ours, theirs))
+        for ours, theirs in untaken(block.train, block.val):
+            self.add(block.name, (pair if self.each else pair_sum)(ours, theirs))
 
     def by_tile(self, tile: Tile) -> None:
         if not self.val:
@@ -193,7 +194,8 @@ class _Gram(Accumulator):
 
     def by_pairs(self, block: Block) -> None:
         for place, one in enumerate(block.train):
-            self.add(block.name, pair(one, one))
+            if not isinstance(one, Seen):
+                self.add(block.name, pair(one, one))
             for other in block.train[:place]:
                 cross = pair(one, other)
                 self.add(block.name, cross + cross.t())
@@ -238,7 +240,8 @@ class Norms(Accumulator):
 
     def by_pairs(self, block: Block) -> None:
         for place, one in enumerate(block.train):
-            self.add(block.name, pair_own(one, one))
+            if not isinstance(one, Seen):
+                self.add(block.name, pair_own(one, one))
             for other in block.train[:place]:
                 self.add(block.name, 2 * pair_own(one, other))
 
@@ -295,6 +298,7 @@ class Stream:
 
 class _Streamed(Accumulator):
     together = True
+    adds_up = False
 
     def __init__(self, setting: Setting, asked: Stream) -> None:
         self.setting, self.asked = setting, asked

@@ -104,6 +104,11 @@ class Run:
         """The sites that contribute to the gradient of a parameter."""
         return self._by_name.get(name, [])
 
+    def add_factors(self, factors: Mapping[Site, Factor]) -> None:
+        """Add what is left of factors that were contracted in part."""
+        self.factors |= factors
+        self.__dict__.pop("_by_name", None)
+
     @cached_property
     def _by_name(self) -> dict[str, list[Site]]:
         found: dict[str, list[Site]] = {}
@@ -379,7 +384,8 @@ def _out(tensor: Tensor, level: int | None) -> Tensor:
 
 
 def _factor_out(factor: Factor, level: int | None) -> Factor:
-    tensors = {f.name: v for f in fields(factor) if isinstance(v := getattr(factor, f.name), Tensor)}
+    given = [f.name for f in fields(factor) if f.init]
+    tensors = {name: v for name in given if isinstance(v := getattr(factor, name), Tensor)}
     return replace(factor, **{name: _out(value, level) for name, value in tensors.items()})
 
 

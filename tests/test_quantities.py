@@ -118,6 +118,24 @@ def check_fused(result: gf.Quantities, want: dict[str, Any], g: dict[str, Tensor
     check(result, want, g, v, 1e-10)
 
 
+@pytest.mark.parametrize("name", ["gpt2 tied", "weight twice"])
+def test_what_adds_up_over_uses(name, way):
+    """Without clipping and streams a tied head is contracted in its backward, its products with look-ups behind it."""
+    model_fn, params, batch = BY_NAME[name].make(torch.float64, CPU)
+    train, val = batch(4, 1), batch(3, 2)
+    g, v = (losses_and_grads(model_fn, params, b)[1] for b in (train, val))
+    want = {
+        name: quantity for name, quantity in wanted(params, 1.0).items() if name not in ("clipped", "second", "squares")
+    }
+    result = gf.ghost_quantities(model_fn, params, train, val, want=want)
+    assert_dots(result["dots"], dots(g, mean(v)), 1e-10, "dots")
+    assert_dots(result["along"], dots(g, want["along"].direction), 1e-10, "along")
+    assert_near(result["norms"], flat(g).norm(dim=1), 1e-10, "norms")
+    assert_near(result["gram"], flat(g) @ flat(g).T, 1e-10, "gram")
+    assert_near(result["matrix"], flat(v) @ flat(g).T, 1e-10, "matrix")
+    assert_grads(result.grads, mean(g), 1e-10, "grads")
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_in_float32(case, device):
     """The default arithmetic, against gradients in float64."""
@@ -369,6 +387,20 @@ def test_clipping_is_one_backward():
     norms = 2 * 2 * n * positions**2 * (width + hidden)
     counted = flops(lambda: gf.ghost_clipped_grad(model_fn, params, train, 0.1))
     assert counted == plain + norms
+
+
+def test_a_tied_head_is_multiplied_once():
+    """Norms of GPT-2 with tied embeddings cost passes beside a plain step: the head's gradient is not made twice."""
+    from test_flops import gpt2, plain_step
+
+    model_fn, params = gpt2(tied=True, layers=1, width=64, heads=2, vocabulary=2000, positions=128)
+    batch = {"input_ids": torch.randint(2000, (4, 128))}
+    plain = flops(lambda: plain_step(model_fn, params, batch))
+    head = 2 * 4 * 128 * 64 * 2000
+    assert head > plain / 8
+    assert (
+        plain <= flops(lambda: gf.ghost_quantities(model_fn, params, batch, want={"norms": gf.Norm()})) <= 1.06 * plain
+    )
 
 
 def test_norms_of_long_samples_go_by_tiles():
