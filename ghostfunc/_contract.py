@@ -6,7 +6,7 @@ stream (`_stream`). Every function here accumulates in the dtype that it is give
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -42,6 +42,8 @@ def contract_outer(
     order = _order_of(factor, directions, want_grad, budget)
     if order.name == "tile stream":
         return _stream(factor, directions, order, want_grad)
+    if factor.rows_at_a_time < factor.size[0]:
+        return _in_blocks(factor, directions, order, want_grad)
     grad = total(factor, factor.size) if want_grad else None
     if isinstance(directions, FromRows) and order.name == "Gram":
         return _pair(factor, directions.factor, order, each=directions.each), grad
@@ -62,7 +64,8 @@ def _stream(
     factor: Outer, directions: Directions, order: Order, want_grad: bool
 ) -> tuple[Float[Tensor, "n k"], Float[Tensor, "p q"] | None]:
     if not recorded(factor.right):
-        return stream(factor, directions, samples=order.samples, rows=order.rows, want_grad=want_grad)
+        rows = min(order.rows, factor.rows_at_a_time)
+        return stream(factor, directions, samples=order.samples, rows=rows, want_grad=want_grad)
     given, rows, each = None, (None, None), False
     if isinstance(directions, Given):
         given = directions.tensor
@@ -80,6 +83,38 @@ def tile_loop(
     limit = tile_bytes(right.device.type) // right.element_size()
     samples, rows = at_a_time(len(right), left.shape[2], right.shape[2], formed, limit)
     return stream(Outer(right, left), directions, samples=samples, rows=rows, want_grad=want_grad)
+
+
+def _in_blocks(
+    factor: Outer, directions: Directions, order: Order, want_grad: bool
+) -> tuple[Float[Tensor, "n k"], Float[Tensor, "p q"] | None]:
+    """Gram or direction first, with the gradient in the same walk over rows: each row's left side is computed once."""
+    if len(factor.right) > order.samples:
+        pieces = range(0, len(factor.right), order.samples)
+        some = [_in_blocks(factor.part(k, k + order.samples), directions, order, want_grad) for k in pieces]
+        sums = [grad for _, grad in some if grad is not None]
+        return torch.cat([dots for dots, _ in some]), torch.stack(sums).sum(0) if sums else None
+    right, (p, q) = factor.right, factor.size
+    dots = right.new_zeros(len(right), directions.count)
+    val, gram = None, right.new_empty(0)
+    if isinstance(directions, FromRows) and order.name == "Gram":
+        val = directions.factor
+        gram = right.new_zeros(right[..., 0].numel(), directions.rows)  # [n * R, m * R']
+    grad = right.new_empty(p, q) if want_grad else None
+    for start in range(0, p, factor.rows_at_a_time):
+        stop = min(start + factor.rows_at_a_time, p)
+        left = factor.left_rows(start, stop)  # [n, R, t]
+        rows = left.flatten(0, 1)
+        if val is not None:
+            torch.addmm(gram, rows, val.left_rows(start, stop).flatten(0, 1).t(), out=gram)
+        else:
+            dots += torch.stack([_row_dots(left, right, v) for v in directions.tile(start, stop)], 1)
+        if grad is not None:
+            torch.mm(rows.t(), right.flatten(0, 1), out=grad[start:stop])
+    if val is not None:
+        products = gram.mul_(right_gram(factor, val)).view(*right.shape[:2], directions.count, -1)
+        dots = products.sum((1, 3))
+    return dots, grad
 
 
 def _along_outer(factor: Outer, directions: Directions, order: Order) -> Float[Tensor, "n k"]:
@@ -163,7 +198,7 @@ def _pair(train: Outer | Gather, val: Outer | Gather, order: Order, *, each: boo
         some = train.part(first, first + order.samples)
         dots = None
         for start in range(0, positions, order.rows):
-            few = some if order.rows >= positions else _at_positions(some, start, start + order.rows)
+            few = some if order.rows >= positions else some.at_positions(start, start + order.rows)
             product = left_gram(few, val) * right_gram(few, val)  # [s * R, m * R']
             share = product.view(len(_right(few)), -1, m, val_positions).sum((1, 3))
             dots = share if dots is None else dots + share
@@ -171,13 +206,6 @@ def _pair(train: Outer | Gather, val: Outer | Gather, order: Order, *, each: boo
         assert dots is not None
         samples.append(dots)
     return torch.cat(samples)
-
-
-def _at_positions(factor: Outer | Gather, start: int, stop: int) -> Outer | Gather:
-    """The factor of some of the positions."""
-    if isinstance(factor, Gather):
-        return Gather(factor.ids[:, start:stop], factor.g[:, start:stop])
-    return replace(factor, a=factor.a[:, start:stop], g=factor.g[:, start:stop])
 
 
 def pair_sum(train: Factor, val: Factor) -> Float[Tensor, "n 1"]:
@@ -198,7 +226,7 @@ def _along_table(train: Outer | Gather, val: Gather) -> Float[Tensor, "n 1"]:
     known, place = val.ids.unique(return_inverse=True)  # [U]
     table = val.g.new_zeros(len(known), val.g.shape[-1]).index_add_(0, place.flatten(), val.g.flatten(0, 1))  # [U, d]
     if isinstance(train, Outer):
-        columns = train.left[:, :, known]  # [n, R, U]
+        columns = train.left_at(known)  # [n, R, U]
         return (columns * (train.right @ table.t())).sum((1, 2)).unsqueeze(1)
     index = torch.searchsorted(known, train.ids.contiguous()).clamp(max=len(known) - 1)  # [n, R]
     hit = (known[index] == train.ids).unsqueeze(-1)
@@ -224,11 +252,12 @@ def pair_own(one: Factor, other: Factor) -> Float[Tensor, " n"]:
         samples = range(len(one.grad))
         shape = one.grad.shape[1:]
         return torch.cat([along(other.part(s, s + 1), one.grad[s : s + 1].view(1, *shape))[:, 0] for s in samples])
-    n, positions = one.g.shape[:2]
-    step = max(1, _PAIR_BYTES // max(1, positions * other.g.shape[1] * one.g.element_size()))
+    n, positions = _right(one).shape[:2]
+    step = max(1, _PAIR_BYTES // max(1, positions * _right(other).shape[1] * _right(one).element_size()))
     blocks = []
     for start in range(0, n, step):
-        a, b = one.part(start, start + step), other.part(start, start + step)
+        a = one.part(start, start + step)
+        b = a if other is one else other.part(start, start + step)
         blocks.append((_left_gram_own(a, b) * _right(a).bmm(_right(b).transpose(1, 2))).sum((1, 2)))
     return torch.cat(blocks)
 
@@ -244,9 +273,21 @@ def _left_gram_own(one: Outer | Gather, other: Outer | Gather) -> Float[Tensor, 
     if isinstance(one, Gather):
         return _left_gram_own(other, one).transpose(1, 2)
     if isinstance(other, Gather):
-        columns = other.ids[:, None, :].expand(-1, one.left.shape[1], -1)
-        return one.left.gather(2, columns)
-    return one.left.bmm(other.left.transpose(1, 2))
+        return one.left_at(other.ids)
+    return sum_of_blocks(one, other, lambda a, b: a.bmm(b.transpose(1, 2)))
+
+
+def sum_of_blocks(one: Outer, other: Outer, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """A product of two left sides that sums over the weight's rows, as many of these at a time as suits both."""
+    p, step = one.size[0], min(one.rows_at_a_time, other.rows_at_a_time)
+    found: Tensor | None = None
+    for start in range(0, p, step):
+        stop = min(start + step, p)
+        left = one.left_rows(start, stop)
+        share = product(left, left if other is one else other.left_rows(start, stop))
+        found = share if found is None else found.add_(share)
+    assert found is not None
+    return found
 
 
 def scaled(factor: Factor, weights: Float[Tensor, " n"]) -> Factor:
@@ -259,11 +300,10 @@ def scaled(factor: Factor, weights: Float[Tensor, " n"]) -> Factor:
             return grads * weights[start - factor.start : stop - factor.start].view(-1, *(1,) * (grads.dim() - 1))
 
         return replace(factor, rows=weighted)
-    if isinstance(factor, Outer | Gather):
-        column = weights.view(-1, 1, 1).to(factor.g.dtype)
-        if isinstance(factor, Outer) and factor.a.shape[2] < factor.g.shape[2]:  # the narrower side
-            return replace(factor, a=factor.a * column)
-        return replace(factor, g=factor.g * column)
+    if isinstance(factor, Outer):
+        return factor.scaled(weights)
+    if isinstance(factor, Gather):
+        return replace(factor, g=factor.g * weights.view(-1, 1, 1).to(factor.g.dtype))
     return replace(factor, grad=factor.grad * weights.view(-1, *(1,) * (factor.grad.dim() - 1)).to(factor.grad.dtype))
 
 
@@ -272,10 +312,10 @@ def left_gram(train: Outer | Gather, val: Outer | Gather) -> Float[Tensor, "nr m
     if isinstance(train, Gather) and isinstance(val, Gather):
         return (train.ids.flatten()[:, None] == val.ids.flatten()).to(train.g.dtype)
     if isinstance(val, Gather):
-        return train.left.flatten(0, 1)[:, val.ids.flatten()]  # type: ignore[union-attr]
+        return train.left_at(val.ids.flatten()).flatten(0, 1)  # type: ignore[union-attr]
     if isinstance(train, Gather):
         return left_gram(val, train).t()
-    return train.left.flatten(0, 1) @ val.left.flatten(0, 1).t()
+    return sum_of_blocks(train, val, lambda a, b: a.flatten(0, 1) @ b.flatten(0, 1).t())
 
 
 def right_gram(train: Outer | Gather, val: Outer | Gather) -> Float[Tensor, "nr ms"]:
@@ -287,7 +327,14 @@ def right_gram(train: Outer | Gather, val: Outer | Gather) -> Float[Tensor, "nr 
 def total(factor: Factor, shape: Sequence[int]) -> Tensor:
     """The sum of the samples' gradients, `[*shape]`."""
     if isinstance(factor, Outer):
-        return (factor.left.flatten(0, 1).t() @ factor.right.flatten(0, 1)).view(shape)
+        right, (p, q), step = factor.right.flatten(0, 1), factor.size, factor.rows_at_a_time
+        if step >= p:
+            return (factor.left.flatten(0, 1).t() @ right).view(shape)
+        whole = right.new_empty(p, q)
+        for start in range(0, p, step):
+            stop = min(start + step, p)
+            torch.mm(factor.left_rows(start, stop).flatten(0, 1).t(), right, out=whole[start:stop])
+        return whole.view(shape)
     if isinstance(factor, Gather):
         table = factor.g.new_zeros(shape).view(-1, shape[-1])
         return table.index_add_(0, factor.ids.flatten(), factor.g.flatten(0, 1)).view(shape)

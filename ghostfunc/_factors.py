@@ -54,9 +54,36 @@ class Outer:
         d_in, d_out = self.a.shape[2], self.g.shape[2]
         return (d_in, d_out) if self.transposed else (d_out, d_in)
 
+    @property
+    def positions(self) -> int:
+        """Positions of a sample, R."""
+        return self.right.shape[1]
+
     def left_rows(self, start: int, stop: int) -> Float[Tensor, "b r t"]:
         """What `left` has for some rows of the weight: contractions that walk over rows ask for no more."""
         return self.left[:, :, start:stop]
+
+    @property
+    def rows_at_a_time(self) -> int:
+        """How many rows of the weight are best asked of `left_rows`, where nothing else decides: all of them."""
+        return self.size[0]
+
+    def left_at(self, ids: Int[Tensor, "*b k"]) -> Float[Tensor, "b r k"]:
+        """What `left` has for these rows of the weight: `ids` `[K]` for all samples, or `[B, K]` of each."""
+        if ids.dim() == 1:
+            return self.left[:, :, ids]
+        return self.left.gather(2, ids[:, None, :].expand(-1, self.left.shape[1], -1))
+
+    def scaled(self, weights: Float[Tensor, " b"]) -> Outer:
+        """The factor of the samples' gradients times a weight for each."""
+        column = weights.view(-1, 1, 1).to(self.a.dtype)
+        if self.a.shape[2] < self.g.shape[2]:  # the narrower side
+            return replace(self, a=self.a * column)
+        return replace(self, g=self.g * column)
+
+    def at_positions(self, start: int, stop: int) -> Outer:
+        """The factor of some of the positions."""
+        return replace(self, a=self.a[:, start:stop], g=self.g[:, start:stop])
 
     def dense(self, shape: Sequence[int]) -> Inexact[Tensor, "b ..."]:
         """The per-sample gradients `[B, *shape]`."""
@@ -64,7 +91,7 @@ class Outer:
 
     def part(self, start: int, stop: int) -> Outer:
         """The factor of samples start to stop."""
-        return replace(self, a=self.a[start:stop], g=self.g[start:stop])
+        return Outer(self.a[start:stop], self.g[start:stop], self.transposed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +108,11 @@ class Gather:
     ids: Int[Tensor, "b r"]
     g: Float[Tensor, "b r d"]
 
+    @property
+    def positions(self) -> int:
+        """Positions of a sample, R."""
+        return self.g.shape[1]
+
     def dense(self, shape: Sequence[int]) -> Inexact[Tensor, "b ..."]:
         """The per-sample gradients `[B, *shape]`."""
         grads = self.g.new_zeros(len(self.g), math.prod(shape[:-1]), shape[-1])
@@ -89,6 +121,10 @@ class Gather:
     def part(self, start: int, stop: int) -> Gather:
         """The factor of samples start to stop."""
         return Gather(self.ids[start:stop], self.g[start:stop])
+
+    def at_positions(self, start: int, stop: int) -> Gather:
+        """The factor of some of the positions."""
+        return Gather(self.ids[:, start:stop], self.g[:, start:stop])
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +147,7 @@ class Dense:
 
     def part(self, start: int, stop: int) -> Dense:
         """The factor of samples start to stop."""
-        return replace(self, grad=self.grad[start:stop])
+        return Dense(self.grad[start:stop], self.maps, self.transposed)
 
 
 @dataclass(frozen=True, eq=False)

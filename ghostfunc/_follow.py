@@ -225,6 +225,16 @@ def _cross_entropy(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: 
     return agree(name, (axis, other))
 
 
+def _token_losses(op: Op) -> Samples:
+    """Losses `[..., 1]` of hidden states `[..., d]` and targets `[...]`."""
+    hidden, weight, targets, bias = op.args[:4]
+    axis = samples_of(hidden)
+    if isinstance(axis, SampleAxis) and axis.dim == hidden.dim() - 1:
+        return mixed(op.name)
+    of_head = (unknown(op.name) for t in (weight, bias) if samples_of(t) is not None)
+    return agree(op.name, (axis, samples_of(targets), *of_head))
+
+
 def _attention(args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Samples:
     name = "scaled_dot_product_attention"
     if following_positions():
@@ -502,6 +512,7 @@ _RULES: dict[str, Callable[[Op], Samples]] = {
     **_rows("layer_norm rms_norm", lambda op: _norm_layer(op.name, op.args, op.kwargs)),
     "batch_norm": _batch_norm,
     "pad": _padded,
+    "token_losses": _token_losses,
     **_rows("cross_entropy nll_loss", lambda op: _cross_entropy(op.name, op.args, op.kwargs, op.out)),
     "cosine_similarity": _cosine_similarity,
     "scaled_dot_product_attention": lambda op: _attention(op.args, op.kwargs, op.out),

@@ -4,7 +4,7 @@
 arguments and nothing of the module changes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -12,7 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
+from ghostfunc._before_head import before_head, inputs_of
 from ghostfunc._interpreter import Interpreter
+from ghostfunc._losses import chunked_causal_lm_loss
 
 LossFn = Callable[[Any, Any], Tensor]
 ModelFn = Callable[[dict[str, Tensor], Any], Any]
@@ -31,11 +33,8 @@ class _Call(nn.Module):
 
 
 def _default_call(module: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return module(**{key: value for key, value in batch.items() if key not in ("labels", "segments")})
-    if isinstance(batch, (tuple, list)):
-        return module(*batch[:-1])
-    return module(batch)
+    args, kwargs = inputs_of(batch)
+    return module(*args, **kwargs)
 
 
 def functionalize(
@@ -48,7 +47,8 @@ def functionalize(
             buffers stay in it. Buffers are cloned for each call, so that a call never changes them.
         loss: `loss(output, batch) -> losses[B]`, one loss per sample, not reduced over the batch.
         call: `call(module, batch) -> output`; by default a dict batch is passed as keywords without `labels` and
-            `segments`, a tuple as all but its last element, a tensor as it is.
+            `segments`, a tuple as all but its last element, a tensor as it is. With `chunked_causal_lm_loss` and a
+            transformers causal language model, its body is called so, and its head is left to the loss.
 
     Returns:
         `(model_fn, params)`: `model_fn(params, batch) -> losses[B]`, and the trainable parameters by name, detached
@@ -56,6 +56,7 @@ def functionalize(
 
     Raises:
         ValueError: if the module has no trainable parameter.
+        TypeError: for `chunked_causal_lm_loss` without `call` and a module whose logits are not known to be its head's.
 
     Example:
         >>> import torch, ghostfunc as gf
@@ -64,7 +65,9 @@ def functionalize(
         >>> sorted(params), model_fn(params, (torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))).shape
         (['bias', 'weight'], torch.Size([5]))
     """
-    wrapper = _Call(module, call or _default_call)
+    if call is None:
+        call = before_head(module) if loss is chunked_causal_lm_loss else _default_call
+    wrapper = _Call(module, call)
     prefix = "module."
     params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     if not params:

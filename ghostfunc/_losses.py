@@ -1,11 +1,13 @@
 """Ready per-sample losses for `functionalize`: `loss(output, batch) -> losses[B]`."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ghostfunc._linear_cross_entropy import linear_cross_entropy
 
 IGNORED = -100
 
@@ -52,15 +54,91 @@ def causal_lm_loss(output: Any, batch: Any) -> Tensor:
             "expected [B, T] and [B, T, V] with one label beside each input token."
         )
     # Shifting the labels instead of the logits spares a copy of [B, T, V].
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # [B, T]
-    segments = batch.get("segments") if isinstance(batch, Mapping) else None
-    if segments is not None:
-        targets = targets.masked_fill(F.pad(segments[:, 1:], (0, 1), value=-1) != segments, IGNORED)
+    targets, segments = _targets(labels, batch)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     token_losses = F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
     )  # [B * T]
-    token_losses = token_losses.view(targets.shape)  # [B, T]
+    return _mean_over_targets(token_losses.view(targets.shape), targets, segments)
+
+
+class BeforeHead(NamedTuple):
+    """What a language model is before its head, and the head: the output that `chunked_causal_lm_loss` takes.
+
+    Attributes:
+        hidden: `[B, T, d]`, what the head maps to logits.
+        weight: `[V, d]`, the head's.
+        bias: `[V]`, the head's, or None.
+        scale: what the logits are multiplied with.
+        softcap: c, where the (scaled) logits are c * tanh(logits / c).
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def chunked_causal_lm_loss(output: Any, batch: Any) -> Tensor:
+    """`causal_lm_loss` without the logits of all positions: the same numbers, for large vocabularies.
+
+    `functionalize(model, chunked_causal_lm_loss)` runs a transformers causal language model up to its head, and the
+    head and the loss as one operation (`linear_cross_entropy`): no `[B, T, V]` is allocated, in a plain step or in a
+    transform. It costs one more product with the head's weight, in which the backward computes the logits again.
+
+    Args:
+        output: `(hidden [B, T, d], weight [V, d])` or `(hidden, weight, bias)`, as a `call=` of your own gives it to
+            `functionalize`; or what `functionalize` makes of a transformers model by itself.
+        batch: as in `causal_lm_loss`.
+
+    Returns:
+        `[B]`, as `causal_lm_loss` of the logits `hidden @ weight.T + bias`.
+
+    Raises:
+        TypeError: if the output is anything else.
+        ValueError: if the labels' shape is not the hidden states' first two dimensions.
+
+    Example:
+        >>> import torch, ghostfunc as gf
+        >>> model = torch.nn.ModuleDict({"body": torch.nn.Embedding(8, 4), "head": torch.nn.Linear(4, 8, bias=False)})
+        >>> def before_head(model, ids):
+        ...     return model["body"](ids), model["head"].weight
+        >>> model_fn, params = gf.functionalize(model, gf.chunked_causal_lm_loss, call=before_head)
+        >>> model_fn(params, torch.randint(8, (2, 5))).shape
+        torch.Size([2])
+    """
+    if not isinstance(output, tuple) or not 2 <= len(output) <= 5 or not isinstance(output[1], Tensor):
+        raise TypeError(
+            "chunked_causal_lm_loss takes what a model is before its head, (hidden [B, T, d], weight [V, d]) or "
+            f"(hidden, weight, bias), and got {type(output).__name__}. For a module of your own, pass call= to "
+            "functionalize: call(module, batch) -> (hidden, weight)."
+        )
+    hidden, weight, bias, scale, softcap = BeforeHead(*output)
+    labels = _labels(batch)  # [B, T]
+    if hidden.dim() != 3 or labels.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"chunked_causal_lm_loss: labels of shape {tuple(labels.shape)} do not fit hidden states of shape "
+            f"{tuple(hidden.shape)}; expected [B, T] and [B, T, d] with one label beside each input token."
+        )
+    if scale != 1:
+        hidden, bias = hidden * scale, None if bias is None else bias * scale
+    targets, segments = _targets(labels, batch)
+    token_losses = linear_cross_entropy(hidden, weight, targets, bias, ignore_index=IGNORED, softcap=softcap)
+    return _mean_over_targets(token_losses, targets, segments)
+
+
+def _targets(labels: Tensor, batch: Any) -> tuple[Tensor, Tensor | None]:
+    """The target beside each input token, and the documents that tokens are of, where a row has several: `[B, T]`."""
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    segments = batch.get("segments") if isinstance(batch, Mapping) else None
+    if segments is not None:
+        targets = targets.masked_fill(F.pad(segments[:, 1:], (0, 1), value=-1) != segments, IGNORED)
+    return targets, segments
+
+
+def _mean_over_targets(token_losses: Tensor, targets: Tensor, segments: Tensor | None) -> Tensor:
+    """The mean of a sample's losses, or the sum of its documents' means: `[B]`."""
     read = targets != IGNORED
     if segments is not None:
         own = segments[:, :, None] == segments[:, None, :]  # [B, T, T]

@@ -24,6 +24,7 @@ from ghostfunc._nesting import readable
 from ghostfunc._operations import is_in_place, op_name
 from ghostfunc._randomness import cannot_share
 from ghostfunc._rules_conv import CONVOLUTIONS
+from ghostfunc._rules_logits import LOGITS
 from ghostfunc._rules_lookups import LOOKUPS
 from ghostfunc._rules_norm import NORMS
 from ghostfunc._rules_pointwise import POINTWISE
@@ -293,6 +294,7 @@ def _opaque(mode: Interpreter, name: str, func: Callable, args: Any, kwargs: Any
 RULES: dict[str, Rule] = {
     **POINTWISE,
     **LOOKUPS,
+    **LOGITS,
     **PRODUCTS,
     "linear": _linear,
     "addmm": _addmm,

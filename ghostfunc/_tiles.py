@@ -74,7 +74,7 @@ class Block:
     def making(self, factors: Sequence[Factor]) -> int:
         """FLOPs of making the per-sample gradients of these factors."""
         outer = [f for f in factors if isinstance(f, Outer)]
-        return sum(2 * len(f.g) * f.g.shape[1] * self.rows * self.cols for f in outer)
+        return sum(2 * f.right.shape[0] * f.right.shape[1] * self.rows * self.cols for f in outer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,6 +173,8 @@ def tiles(block: Block, *, each_val: bool = False, together: bool = True, budget
         samples, step = n, block.rows
     elif together:
         samples, step = n, max(1, min(block.rows, limit // max(1, (n + vals) * block.cols)))
+    if not whole:
+        step = min([step, *(f.rows_at_a_time for f in (*block.train, *block.val) if isinstance(f, Outer))])
     buffer = None if whole else first.new_empty(samples * step * block.cols)
     for start in range(0, block.rows, step):
         stop = min(start + step, block.rows)
@@ -183,7 +185,8 @@ def tiles(block: Block, *, each_val: bool = False, together: bool = True, budget
 
 
 def _first(factors: tuple[Factor, ...]) -> Tensor:
-    return factors[0].g if isinstance(factors[0], Outer | Gather) else factors[0].grad  # type: ignore[union-attr]
+    first = factors[0]
+    return first.right if isinstance(first, Outer) else first.g if isinstance(first, Gather) else first.grad  # type: ignore[union-attr]
 
 
 def _as_values(factors: tuple[Factor, ...], block: Block) -> tuple[Factor, ...]:
