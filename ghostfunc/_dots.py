@@ -62,6 +62,18 @@ class BoundedDots(NamedTuple):
     bound: Dots
 
 
+class ValGradient(NamedTuple):
+    """The validation gradient, for any number of calls with the same parameters: what `val_gradient` returns.
+
+    Attributes:
+        losses: `[m]`, of this rank's validation samples.
+        direction: the gradient of their mean (or sum), over all ranks, by name; preconditioned if that was asked for.
+    """
+
+    losses: Tensor
+    direction: dict[str, Tensor]
+
+
 class Shares(NamedTuple):
     """How many samples there are.
 
@@ -196,16 +208,20 @@ def dots_of(
         raise ValueError(f"schedule={schedule!r}: expected 'auto', 'joint' or 'two-phase'.")
     if precondition is not None and asked.each_val:
         raise ValueError("precondition takes one validation gradient; it cannot serve an out with the axis 'val'.")
-    train, val = plain(train), plain(val)
+    made = isinstance(val, ValGradient)
+    if made:
+        _check_made(asked, precondition)
+    train, val = plain(train), val if made else plain(val)
     with call.together():
-        n, m = batch_size(train, "train"), batch_size(val, "val")
+        n, m = batch_size(train, "train"), len(val.losses) if made else batch_size(val, "val")
         units = units_of(train, n, segments, token=asked.axes.has("token"))
-        why_not = _why_not_joint(train, val, asked, precondition, segments)
+        why_not = "the validation gradient is there" if made else ""
+        why_not = why_not or _why_not_joint(train, val, asked, precondition, segments)
     if call.ranks is not None:
         why_not = "the validation samples of all ranks make one gradient, which must be there first"
     if schedule == "joint" and why_not:
         raise ValueError(f"schedule='joint' cannot serve this call: {why_not}. Use schedule='two-phase' or 'auto'.")
-    if schedule == "joint" or (schedule == "auto" and not why_not and not call.has_aux and m <= n):
+    if schedule == "joint" or (schedule == "auto" and not why_not and not call.has_aux):
         before = RandomState.of(call.device)
         try:
             return _joint(call, train, val, n, m, asked, grads, refuse_random=schedule == "auto")
@@ -213,6 +229,16 @@ def dots_of(
             before.restore()
     shares = Shares(n, m, call.over_ranks(n), call.over_ranks(m))
     return _two_phase(call, train, val, shares, units, asked, precondition, grads)
+
+
+def _check_made(asked: Asked, precondition: Precondition | None) -> None:
+    """Raise where a validation gradient that is there cannot serve the call."""
+    if asked.each_val:
+        raise ValueError(f"out={asked.axes.out!r}: a ValGradient is one direction; the axis 'val' needs the val batch.")
+    if precondition is not None:
+        raise ValueError("a ValGradient has its precondition already: pass precondition= to val_gradient.")
+    if asked.reduction != "mean":
+        raise ValueError("a ValGradient has its reduction already: pass reduction= to val_gradient.")
 
 
 def _why_not_joint(
@@ -267,23 +293,24 @@ def _two_phase(
     if asked.each_val and call.ranks is not None:
         start = sum(call.ranks.counts(m)[: call.ranks.rank])
         val, m, val_here = call.ranks.batch(val, "val"), shares.all_m, slice(start, start + m)
-    with call.together():
-        how_val = {"train": m, "dropout": False, "batches": (("val", m),)}
-        if asked.each_val:
-            first = call.run(val, m, factors=call.names, **how_val)
-        else:
-            first = call.run(val, m, grads=True, weights=call.weights(m, asked.val_weight(shares.all_m)), **how_val)
-    direction = None if asked.each_val else call.sums(first.grads)
+    first: Run | None = None
+    if asked.each_val:
+        with call.together():
+            first = call.run(val, m, factors=call.names, train=m, dropout=False, batches=(("val", m),))
+        val = ValGradient(first.losses[val_here], {})
+    elif not isinstance(val, ValGradient):
+        val = val_phase(call, val, m, asked.val_weight(shares.all_m))
+    direction = val.direction if first is None else None
     before.restore()
     about = direction is not None and getattr(precondition, "about_train_gradient", False)
     if direction is not None and precondition is not None and not about:
         direction = precondition(direction)
 
     products: Products
-    if direction is None:
-        products = WithSamples(call.names, units.runs, first, m)
+    if first is not None:
+        products = WithSamples(call.names, units.runs, first, m, call.budget)
     else:
-        products = asked.along(call, units.runs, {} if about else one_direction(direction, call))
+        products = asked.along(call, units.runs, {} if about else one_direction(direction or {}, call))
     sums = grads or about
     how = {
         "train": units.runs,
@@ -307,7 +334,15 @@ def _two_phase(
         result.grads = {}
     scale = shares.all_n if sums else 1
     dots, bound = asked.arranged(columns, units, scale), asked.bound(products, result, call.names, units, scale)
-    return _values(result, result.losses, first.losses[val_here], dots, bound), result.aux
+    return _values(result, result.losses, val.losses, dots, bound), result.aux
+
+
+def val_phase(call: Call, val: Any, m: int, weight: float) -> ValGradient:
+    """The first phase: losses of m validation samples, and the sum over all ranks of their gradients times a weight."""
+    with call.together():
+        how = {"train": m, "dropout": False, "batches": (("val", m),)}
+        first = call.run(val, m, grads=True, weights=call.weights(m, weight), **how)
+    return ValGradient(first.losses, call.sums(first.grads))
 
 
 def by_head(call: Call, products: Products, result: Run, units: Units, asked: Asked) -> dict[str, Tensor]:

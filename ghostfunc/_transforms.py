@@ -12,10 +12,11 @@ from ghostfunc._axes import LayerOf
 from ghostfunc._batch import batch_size, plain
 from ghostfunc._call import Layers, Params, checked, one_direction, product_columns, units_of
 from ghostfunc._compile import one_node
-from ghostfunc._dots import ALL_AXES, BoundedDots, Precondition, asked_of, by_head, dots_of
+from ghostfunc._dots import ALL_AXES, BoundedDots, Precondition, ValGradient, asked_of, by_head, dots_of, val_phase
 from ghostfunc._factors import Factor
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._nesting import unrecorded
+from ghostfunc._randomness import RandomState
 from ghostfunc._ranks import Group
 from ghostfunc._run import base_factor
 
@@ -33,6 +34,7 @@ def ghost_grad_dot(
     schedule: str = "auto",
     rank: int | None = None,
     dtype: torch.dtype | None = None,
+    memory: int | float | None = None,
     layers: Layers = "",
     layer_of: LayerOf = "",
     heads: Mapping[str, str] | None = None,
@@ -52,7 +54,7 @@ def ghost_grad_dot(
         model_fn: `model_fn(params, batch) -> losses[B]`.
         params: parameters by name; all of them are differentiated.
         train: a pytree of tensors `[n, ...]`.
-        val: a pytree of tensors `[m, ...]`.
+        val: a pytree of tensors `[m, ...]`; or the `ValGradient` of one, where several calls share it.
         out: the axes of the result, any of them in any order: "train" (or "sample") `[n]`, "val" `[m]`, "token" `[R]`
             (positions of the train samples), "head" `[H]`, and "param" or "layer", a dict of tensors. "train val" is
             `[n, m]`, "param train" a dict of `[n]`. An axis that is left out is summed over, but "val" as `reduction`
@@ -67,6 +69,8 @@ def ghost_grad_dot(
             and come with a bound on their error. A weight whose exact dot products cost less has these. Docs:
             `docs/low_rank.md`.
         dtype: the dtype of contractions; by default float32, float64 for float64 parameters.
+        memory: what the contraction of a weight may take at a time, beside its factors and its results: bytes (an int),
+            or a share of what a plain training step takes (a float). By default what suits the device.
         layers: restricts the dot products to parameters whose names match: comma-separated parts, matched at dots, or
             names, or a function of the name.
         layer_of: what the axis "layer" groups parameters by: a regular expression, whose first group (or whole match)
@@ -99,8 +103,8 @@ def ghost_grad_dot(
         InteractingSamples: if a sample's loss depends on other samples.
         RuntimeError: if random numbers are drawn (randomness="error").
         TypeError: for a rank that is no int.
-        ValueError: for batches, axes, layers, ranks or schedules that do not fit; for a rank with the axes "val",
-            "token" or "head", or with a dtype below float32.
+        ValueError: for batches, axes, layers, ranks or schedules that do not fit; for too little memory; for a rank
+            with the axes "val", "token" or "head", or with a dtype below float32.
 
     Example:
         >>> import torch, ghostfunc as gf
@@ -112,7 +116,7 @@ def ghost_grad_dot(
         >>> gf.ghost_grad_dot(model_fn, params, train, val, out="train val").shape
         torch.Size([5, 2])
     """
-    call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness, group)
+    call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness, group, memory)
     values, aux = dots_of(
         call,
         train,
@@ -140,6 +144,7 @@ def value_and_grad_dot(
     schedule: str = "auto",
     rank: int | None = None,
     dtype: torch.dtype | None = None,
+    memory: int | float | None = None,
     layers: Layers = "",
     layer_of: LayerOf = "",
     heads: Mapping[str, str] | None = None,
@@ -155,7 +160,7 @@ def value_and_grad_dot(
         model_fn: `model_fn(params, batch) -> losses[B]`.
         params: parameters by name; all of them are differentiated.
         train: a pytree of tensors `[n, ...]`.
-        val: a pytree of tensors `[m, ...]`; its samples do not enter `grads`.
+        val: as in `ghost_grad_dot`; its samples do not enter `grads`.
         out: as in `ghost_grad_dot`.
         reduction: as in `ghost_grad_dot`.
         precondition: as in `ghost_grad_dot`.
@@ -163,6 +168,7 @@ def value_and_grad_dot(
             step would, validation samples run without dropout.
         rank: as in `ghost_grad_dot`; the bound is the result's `.bound`, and `grads` are exact.
         dtype: as in `ghost_grad_dot`.
+        memory: as in `ghost_grad_dot`.
         layers: restricts the dot products; `grads` has every parameter.
         layer_of: as in `ghost_grad_dot`.
         heads: as in `ghost_grad_dot`.
@@ -192,7 +198,7 @@ def value_and_grad_dot(
         >>> result.losses.shape, result.grads["weight"].shape, result.dots.shape
         (torch.Size([5]), torch.Size([3, 4]), torch.Size([5]))
     """
-    call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness, group)
+    call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness, group, memory)
     values, aux = dots_of(
         call,
         train,
@@ -207,6 +213,67 @@ def value_and_grad_dot(
 
 
 @one_node
+def val_gradient(
+    model_fn: ModelFn,
+    params: Params,
+    val: Any,
+    *,
+    reduction: str = "mean",
+    precondition: Precondition | None = None,
+    dtype: torch.dtype | None = None,
+    has_aux: bool = False,
+    on_unsupported: str = "raise",
+    randomness: str = "different",
+    group: Group | None = None,
+) -> ValGradient:
+    """The validation gradient, once for many calls: pass it to `ghost_grad_dot` or `value_and_grad_dot` in val's place.
+
+    Where several micro-batches meet the same parameters, the validation samples are run once instead of with each:
+    k micro-batches of n train samples then cost k·n + m samples, and not k·(n + m). It is also how a validation set is
+    used that is too large for one batch: add up the gradients of its parts, and divide by its size.
+
+    Args:
+        model_fn: as in `ghost_grad_dot`.
+        params: as in `ghost_grad_dot`.
+        val: a pytree of tensors `[m, ...]`; run without dropout.
+        reduction: over the samples: "mean", or "sum".
+        precondition: as in `ghost_grad_dot`, applied here; one that needs the train gradient too cannot be.
+        dtype: as in `ghost_grad_dot`.
+        has_aux: whether `model_fn` returns `(losses, aux)`; the auxiliary output is dropped.
+        on_unsupported: as in `ghost_grad_dot`.
+        randomness: as in `ghost_grad_dot`.
+        group: as in `ghost_grad_dot`: the gradient is over all ranks' samples.
+
+    Returns:
+        `ValGradient(losses[m], direction)`.
+
+    Raises:
+        UnsupportedUse: as in `ghost_grad_dot`.
+        InteractingSamples: as in `ghost_grad_dot`.
+        ValueError: for a reduction or a precondition that does not fit.
+
+    Example:
+        >>> import torch, ghostfunc as gf
+        >>> model_fn, params = gf.functionalize(torch.nn.Linear(4, 3), gf.classification_loss)
+        >>> batch = (torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]))
+        >>> val = gf.val_gradient(model_fn, params, (torch.randn(2, 4), torch.tensor([2, 0])))
+        >>> micro = [tuple(t[k : k + 2] for t in batch) for k in (0, 2, 4)]
+        >>> [gf.ghost_grad_dot(model_fn, params, b, val).shape for b in micro]
+        [torch.Size([2]), torch.Size([2]), torch.Size([2])]
+    """
+    call = checked(model_fn, params, dtype, "", has_aux, on_unsupported, randomness, group)
+    asked = asked_of("train", ("train",), reduction, "", None, None, call.dtype)
+    if getattr(precondition, "about_train_gradient", False):
+        raise ValueError("this precondition needs the train gradient too: pass it to value_and_grad_dot, with val.")
+    val = plain(val)
+    before = RandomState.of(call.device)
+    with call.together():
+        m = batch_size(val, "val")
+    found = val_phase(call, val, m, asked.val_weight(call.over_ranks(m)))
+    before.restore()  # train samples draw what they would without this call
+    return found if precondition is None else found._replace(direction=precondition(found.direction))
+
+
 def ghost_grad_along(
     model_fn: ModelFn,
     params: Params,
@@ -216,6 +283,7 @@ def ghost_grad_along(
     out: str = "sample",
     rank: int | None = None,
     dtype: torch.dtype | None = None,
+    memory: int | float | None = None,
     layers: Layers = "",
     layer_of: LayerOf = "",
     heads: Mapping[str, str] | None = None,
@@ -234,6 +302,7 @@ def ghost_grad_along(
         out: as in `ghost_grad_dot`, without "val": "sample" `[B]`, "param sample" a dict of `[B]`, ...
         rank: as in `ghost_grad_dot`.
         dtype: as in `ghost_grad_dot`.
+        memory: as in `ghost_grad_dot`.
         layers: as in `ghost_grad_dot`.
         layer_of: as in `ghost_grad_dot`.
         heads: as in `ghost_grad_dot`.
@@ -257,7 +326,7 @@ def ghost_grad_along(
         >>> gf.ghost_grad_along(model_fn, params, batch, {k: torch.ones_like(p) for k, p in params.items()}).shape
         torch.Size([5])
     """
-    call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness)
+    call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness, memory=memory)
     available = tuple(axis for axis in ALL_AXES if axis != "val")
     asked = asked_of(out, available, "sum", layer_of, heads, rank, call.dtype)
     batch = plain(batch)
