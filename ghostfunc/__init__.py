@@ -1,6 +1,6 @@
 """ghostfunc: what single training samples do to a model, exactly, in one backward pass."""
 
-from ghostfunc._dots import ValueAndGradDot
+from ghostfunc._dots import BoundedDots, ValGradient, ValueAndGradDot
 from ghostfunc._errors import InteractingSamples, UnsupportedUse, VerificationError
 from ghostfunc._explain import explain
 from ghostfunc._factors import Dense, Gather, Outer
@@ -26,6 +26,7 @@ from ghostfunc._transforms import (
     ghost_factors,
     ghost_grad_along,
     ghost_grad_dot,
+    val_gradient,
     value_and_grad_dot,
 )
 from ghostfunc._verify import verify
@@ -35,6 +36,7 @@ from ghostfunc.ledger import InRunShapley
 
 __all__ = [
     "Along",
+    "BoundedDots",
     "Clip",
     "ClippedGrad",
     "Dense",
@@ -60,6 +62,7 @@ __all__ = [
     "Tile",
     "TracIn",
     "UnsupportedUse",
+    "ValGradient",
     "ValueAndGradDot",
     "VerificationError",
     "adafactor",
@@ -88,6 +91,7 @@ __all__ = [
     "per_sample_grad",
     "read_dot_log",
     "tracin",
+    "val_gradient",
     "value_and_grad_dot",
     "verify",
 ]

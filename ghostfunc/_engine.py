@@ -157,6 +157,7 @@ class GradDotProdEngine:
         self._val_batch = None if val_batch is None else self._as_val_batch(val_batch)
         self._attached: AttachedBatch | None = None
         self._latest: tuple[int, int] | None = None  # (iteration, micro_step) of the last call with an attached batch
+        self._micro_batches = 1  # of the step before
         self._unlogged: list[dict[str, Any]] = []
         self._pending = Pending()
         self._detached = False
@@ -232,7 +233,7 @@ class GradDotProdEngine:
                 "order=2 needs the whole batch of an optimizer's step in one call, because its samples interact; this "
                 "is the second call of one iteration. Enlarge the batch, or use order=1."
             )
-        scores = self._scores(batch)
+        scores = self._scores(batch, micro_step)
         dots = scores.dots_per_sample
         self._require_finite("dot", dots, self._sample_names(n))
         learning_rate = float(self.optimizer.param_groups[0]["lr"]) if self.optimizer else math.nan
@@ -267,6 +268,7 @@ class GradDotProdEngine:
                 "loss of every engine(X, Y) first, or there is no gradient to step with."
             )
         self._pending = Pending()
+        self._scorer.forget()
 
     def aggregate_and_log(self) -> None:
         """Hand the dots of all calls since the last time to the log, one row per sample.
@@ -328,6 +330,7 @@ class GradDotProdEngine:
                 "update_validation_batch, call save_metrics and set engine.log to None or a DotLog in another folder."
             )
         self._val_batch = self._as_batch(X_val, Y_val)
+        self._scorer.forget()
 
     def cleanup(self) -> None:
         """Write what is not saved yet. Call it at the end, in a `finally` for runs that may fail."""
@@ -351,17 +354,25 @@ class GradDotProdEngine:
     def _as_val_batch(self, val_batch: Any) -> Any:
         return self._as_batch(*val_batch) if isinstance(val_batch, (tuple, list)) else self._as_batch(val_batch, None)
 
-    def _scores(self, batch: Any) -> Scores:
+    def _scores(self, batch: Any, micro_step: int) -> Scores:
         device = next(self.module.parameters()).device
         val_batch = pytree.tree_map_only(Tensor, lambda t: t.to(device), self._val_batch)
         try:
-            return self._scorer.scores(self.module, batch, val_batch)
+            return self._scorer.scores(self.module, batch, val_batch, self._shared_step(micro_step))
         except ValueError:
             # The transform knows rows of the batch; whoever attached the batch wants to read which samples they are.
             val_losses, losses = (self._scorer.losses(self.module, rows) for rows in (val_batch, batch))
             self._require_finite("validation loss", val_losses, positions(len(val_losses)))
             self._require_finite("training loss", losses, self._sample_names(len(losses)))
             raise
+
+    def _shared_step(self, micro_step: int) -> int | None:
+        """The step whose micro-batches share one validation gradient; None where there is, or will be, but one."""
+        if self._attached is None or not self._scorer.can_share():
+            return None
+        if micro_step == 0:  # as many as the step before had
+            self._micro_batches = 1 if self._latest is None else self._latest[1] + 1
+        return self._attached.iteration if micro_step > 0 or self._micro_batches > 1 else None
 
     def _micro_step(self) -> int:
         """The place of the attached batch among those of its iteration."""

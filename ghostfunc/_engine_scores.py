@@ -3,17 +3,18 @@
 Under float16 losses are scaled inside, so that small gradients do not vanish, and the scale is taken out again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ghostfunc._dots import ValGradient
 from ghostfunc._engine_autocast import FLOAT16_LOSS_SCALE, Autocast, functionalized
 from ghostfunc._functionalize import LossFn
 from ghostfunc._second_order import in_run_values
-from ghostfunc._transforms import value_and_grad_dot
+from ghostfunc._transforms import val_gradient, value_and_grad_dot
 
 
 class Scores(NamedTuple):
@@ -61,9 +62,22 @@ class Scorer:
         self._order = order
         self._options = options
         self._loss_scale = FLOAT16_LOSS_SCALE
+        self._made: tuple[Hashable, ValGradient] | None = None
 
-    def scores(self, module: nn.Module, batch: Any, val_batch: Any) -> Scores:
+    def can_share(self) -> bool:
+        """Whether one validation gradient can serve several calls."""
+        about = getattr(self._options["precondition"], "about_train_gradient", False)
+        each = "val" in self._options.get("out", "").split()
+        return self._order == 1 and not about and not each and self._options["schedule"] != "joint"
+
+    def scores(self, module: nn.Module, batch: Any, val_batch: Any, step: Hashable = None) -> Scores:
         """Score a training batch against a validation batch.
+
+        Args:
+            module: the model.
+            batch: the training batch.
+            val_batch: the validation batch.
+            step: where its gradient is to serve all calls of an optimizer's step: which step this is.
 
         Raises:
             NotImplementedError: for order 2 under float16 autocast.
@@ -72,18 +86,22 @@ class Scorer:
         autocast = Autocast.of(module)
         with autocast.left():
             if autocast.dtype != torch.float16:
-                return self._scaled_scores(module, batch, val_batch, autocast, 1.0)
+                return self._scaled_scores(module, batch, val_batch, step, autocast, 1.0)
             if self._order == 2:
                 raise NotImplementedError(
                     "order=2 under float16 autocast: scaled losses have a curvature that float16 cannot hold. Use "
                     "bfloat16 autocast, float32, or order=1."
                 )
             # As GradScaler does, overflow halves the scale; unlike there, the step is tried again, not given up.
-            found = self._scaled_scores(module, batch, val_batch, autocast, self._loss_scale)
+            found = self._scaled_scores(module, batch, val_batch, step, autocast, self._loss_scale)
             while self._loss_scale > 1 and _overflowed(found):
                 self._loss_scale /= 2
-                found = self._scaled_scores(module, batch, val_batch, autocast, self._loss_scale)
+                found = self._scaled_scores(module, batch, val_batch, step, autocast, self._loss_scale)
             return found
+
+    def forget(self) -> None:
+        """Forget the validation gradient that calls share."""
+        self._made = None
 
     def losses(self, module: nn.Module, batch: Any) -> Tensor:
         """The losses `[n]` of a batch, without anything else."""
@@ -91,14 +109,27 @@ class Scorer:
         with torch.no_grad():
             return model_fn(params, batch)
 
-    def _scaled_scores(self, module: nn.Module, batch: Any, val_batch: Any, autocast: Autocast, scale: float) -> Scores:
+    def _scaled_scores(
+        self, module: nn.Module, batch: Any, val_batch: Any, step: Hashable, autocast: Autocast, scale: float
+    ) -> Scores:
         """Run the transform on losses times `scale`, which is out of the results again."""
         model_fn, params = functionalized(module, self._loss, self._call, autocast, scale)
         if self._order == 2:
             values = in_run_values(model_fn, params, batch, val_batch, lr=1.0, order=2, **self._options)
             dots = values.first * len(values.losses)
             return Scores(values.losses, values.val_losses, values.grads, values.unused, dots, values.second)
-        found = value_and_grad_dot(model_fn, params, batch, val_batch, **self._options)
+        options: dict[str, Any] = self._options
+        if step is not None:
+            versions = [(t.data_ptr(), t._version) for t in (*module.parameters(), *module.buffers())]
+            key = (step, scale, autocast.dtype, module.training, *versions)
+            if self._made is None or self._made[0] != key:
+                precondition, dtype = options["precondition"], options["dtype"]
+                found = val_gradient(model_fn, params, val_batch, precondition=precondition, dtype=dtype)
+                self._made = key, found
+            val_batch, options = self._made[1], {**options, "precondition": None}
+        else:
+            self._made = None
+        found = value_and_grad_dot(model_fn, params, batch, val_batch, **options)
         if scale == 1:
             return Scores(found.losses, found.val_losses, found.grads, found.unused, found.dots, None)
         return Scores(  # once out of what is linear in the losses, twice out of the dots

@@ -19,8 +19,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 # FLOPs of a matrix product that take as long as what an entry of a tile costs beside its products: it is written, read
-# for the dot products and added to a sum. On a CPU with wide vectors it takes 50 to 130, by the shape.
-MEMORY_BOUND = 64
+# for the dot products and added to a sum. On a CPU with wide vectors it takes 30 to 130, by the shape; at the lower end
+# the order of fewer products is taken where two are as fast.
+MEMORY_BOUND = 40
 TILE_BYTES = {"cpu": 16 << 20}  # what stays in a cache; elsewhere:
 _TILE_BYTES = 256 << 20
 _PAIR_BYTES = 256 << 20

@@ -104,17 +104,18 @@ class Joint:
     def products(self, result: Run, name: str) -> Tensor:
         """Dot products of a parameter, `[n, k]`, on the scale of the run's weights."""
         n, stop = self.train, self.train + self.val
-        dots, factors = _fused_and_kept(result, name, n, self.count)
+        shares, factors = _fused_and_kept(result, name)
         if not _pairable(factors, factors):
-            return dots + self._through_directions(result, name, factors)
+            shares.append(self._through_directions(result, name, factors))
+            return _sum(shares, result, name, n, self.count)
+        heads = [site for site in result.sites(name) if site in result.fused and site.look_ups]
         for site, factor in factors.items():
-            for other, val in factors.items():
-                if meet(site, other):
-                    dots = dots + self._pair(factor.part(0, n), val.part(n, stop))
-            for head, values in result.fused.items():
+            train = factor.part(0, n)
+            shares += [self._pair(train, val.part(n, stop)) for other, val in factors.items() if meet(site, other)]
+            for head in heads:
                 if site in head.look_ups:
-                    dots = dots + self._cross(head, values, head.look_ups.index(site), factor)
-        return dots
+                    shares.append(self._cross(head, result.fused[head], head.look_ups.index(site), factor))
+        return _sum(shares, result, name, n, self.count)
 
     def _pair(self, train: Factor, val: Factor) -> Tensor:
         return pair(train, val) if self.each else pair_sum(train, val)
@@ -216,8 +217,10 @@ class Along:
 
     def products(self, result: Run, name: str) -> Tensor:
         """Dot products of a parameter, `[n, k]`, on the scale of the run's weights."""
-        dots, factors = _fused_and_kept(result, name, self.train, self.count)
-        return dots + along_sites(result, name, factors, self.directions[name]) if factors else dots
+        shares, factors = _fused_and_kept(result, name)
+        if factors:
+            shares.append(along_sites(result, name, factors, self.directions[name]))
+        return _sum(shares, result, name, self.train, self.count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,18 +276,15 @@ class WithSamples:
 
     def products(self, result: Run, name: str) -> Tensor:
         """Dot products of a parameter, `[n, m]`, on the scale of the runs' weights."""
-        dots, train = _fused_and_kept(result, name, self.train, self.count)
+        shares, train = _fused_and_kept(result, name)
         val = {s: self.val.factors[s] for s in self.val.sites(name)}
-        if not train or not val:
-            return dots
-        if not _pairable(train, val):
+        if train and val and not _pairable(train, val):
             directions = sum_directions(self.val, name, val, each=True)
-            return dots + along_sites(result, name, train, directions)
-        for site, factor in train.items():
-            for other, val_factor in val.items():
-                if meet(site, other):
-                    dots = dots + pair(factor, val_factor)
-        return dots
+            shares.append(along_sites(result, name, train, directions))
+        else:
+            pairs = [(f, v) for site, f in train.items() for other, v in val.items() if meet(site, other)]
+            shares += [pair(factor, of_val) for factor, of_val in pairs]
+        return _sum(shares, result, name, self.train, self.count)
 
 
 Products = Joint | Along | WithSamples
@@ -318,6 +318,8 @@ def same(a: Site, b: Site) -> bool:
 
 def meet(a: Site, b: Site) -> bool:
     """Whether two sites may use a common entry of a parameter."""
+    if a.tracked is b.tracked:
+        return True
     if not set(a.tracked.names) & set(b.tracked.names):
         return False
     one, other = a.tracked.part, b.tracked.part
@@ -344,13 +346,16 @@ def look_ups_before(site: Site) -> list[Site]:
     return before
 
 
-def _fused_and_kept(result: Run, name: str, n: int, count: int) -> tuple[Tensor, dict[Site, Factor]]:
+def _fused_and_kept(result: Run, name: str) -> tuple[list[Tensor], dict[Site, Factor]]:
     """The products `[n, k]` that the backward has made of a parameter, and the factors that are left to contract."""
-    leaf = result.leaves[name]
     sites = result.sites(name)
-    dtype = sites[0].dtype if sites else torch.promote_types(leaf.dtype, torch.float32)
-    dots = torch.zeros(n, count, dtype=dtype, device=leaf.device)
-    for site in sites:
-        if site in result.fused:
-            dots = dots + result.fused[site]["dots"]
-    return dots, {site: result.factors[site] for site in sites if site in result.factors}
+    made = [result.fused[site]["dots"] for site in sites if site in result.fused]
+    return made, {site: result.factors[site] for site in sites if site in result.factors}
+
+
+def _sum(shares: list[Tensor], result: Run, name: str, n: int, count: int) -> Tensor:
+    """The shares' sum, `[n, k]`; zeros where there are none."""
+    if shares:
+        return sum(shares[1:], shares[0])
+    leaf = result.leaves[name]
+    return torch.zeros(n, count, dtype=torch.promote_types(leaf.dtype, torch.float32), device=leaf.device)

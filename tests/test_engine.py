@@ -769,3 +769,36 @@ def test_a_parameter_without_use_keeps_no_gradient():
     engine(*batch).loss.backward()
     assert all(p.grad is None for p in model["idle"].parameters())
     assert all(p.grad is not None for p in model["used"].parameters())
+
+
+def test_micro_batches_share_the_validation_gradient() -> None:
+    """Once the engine has seen how many there are, a step of k micro-batches runs k·n + m samples, not k·(n + m)."""
+    torch.manual_seed(0)
+    model, n, m, k = torch.nn.Linear(4, 3), 5, 2, 3
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rows: list[int] = []
+    model.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    val = torch.randn(m, 4), torch.randint(3, (m,))
+    engine = GradDotProdEngine(model, val, loss=classification_loss)
+    ran: list[int] = []
+    for iteration in range(3):
+        for _ in range(k):
+            batch = torch.randn(n, 4), torch.randint(3, (n,))
+            engine.attach_train_batch(*batch, iteration, range(n))
+            (engine(*batch).loss / k).backward()
+            ran.append(sum(rows))
+            rows.clear()
+            expected = dots_of_linear(model, batch, val)
+            torch.testing.assert_close(engine.dots, expected, rtol=1e-4, atol=1e-6)
+            rows.clear()
+        optimizer.step()  # no prepare_gradients: the parameters' versions tell that they moved
+        optimizer.zero_grad()
+    assert ran == [n + m, m + n, n] + 2 * [m + n, n, n]
+
+
+def dots_of_linear(model: torch.nn.Linear, batch: Any, val: Any) -> Tensor:
+    def gradient(x: Tensor, y: Tensor) -> Tensor:
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+    return torch.stack([gradient(x[None], y[None]) @ gradient(*val) for x, y in zip(*batch, strict=True)])

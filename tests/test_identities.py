@@ -344,3 +344,24 @@ def test_verify_and_explain(case, device):
     plan = str(gf.explain(model_fn, params, batch(N, 1)))
     for name in params:
         assert name in plan
+
+
+def test_one_validation_gradient_for_many_calls():
+    """Micro-batches share the direction; with an axis "val" or another reduction it is refused."""
+    model_fn, params, batch = BY_NAME["gpt2 tied"].make(torch.float64, torch.device("cpu"))
+    train, val = batch(4, 1), batch(3, 2)
+    whole = gf.value_and_grad_dot(model_fn, params, train, val)
+    made = gf.val_gradient(model_fn, params, val)
+    torch.testing.assert_close(made.losses, whole.val_losses)
+    parts = [pytree.tree_map(lambda t, k=k: t[k : k + 2], train) for k in (0, 2)]
+    found = [gf.value_and_grad_dot(model_fn, params, part, made) for part in parts]
+    torch.testing.assert_close(torch.cat([f.dots for f in found]), whole.dots, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found[0].val_losses, whole.val_losses)
+    for name, gradient in whole.grads.items():
+        torch.testing.assert_close((found[0].grads[name] + found[1].grads[name]) / 2, gradient, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="axis 'val' needs the val batch"):
+        gf.ghost_grad_dot(model_fn, params, train, made, out="train val")
+    with pytest.raises(ValueError, match="has its reduction already"):
+        gf.ghost_grad_dot(model_fn, params, train, made, reduction="sum")
+    with pytest.raises(ValueError, match="the validation gradient is there"):
+        gf.ghost_grad_dot(model_fn, params, train, made, schedule="joint")
