@@ -14,13 +14,10 @@ says it covers, and for ghostfunc the rows themselves against explicit gradients
 """
 
 import argparse
-import contextlib
 import gc
 import json
 import statistics
-import subprocess
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,53 +27,21 @@ import numpy as np
 import projection_methods as ways
 import torch
 import vs_vmap
+import workers
+from peers import REQUIREMENTS, installed, make_venv
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "projection.json"
 PAGE = ROOT / "docs" / "projection_speed.md"
-REQUIREMENTS = {
-    "bergson": [
-        "bergson==2.5.1", "simple-parsing==0.1.9", "docstring-parser==0.18.0", "natsort==8.4.0", "ml-dtypes==0.6.0",
-        "petname==2.9",
-    ],
-    "dattri": ["dattri==0.3.0"],
-    "trak": ["traker==0.3.2"],
-}  # fmt: skip
 MAIN_REQUIREMENTS = [lines[0] for lines in REQUIREMENTS.values()]
 APART = ("trak",)  # takes memory and a minute for a step: one round, beside the plain step alone
-
-
-# --- peers' packages --------------------------------------------------------------------------------------------------
-
-
-def make_venv(folder: Path) -> Path:
-    """An environment that has this interpreter's packages too: its own interpreter."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        own = subprocess.check_output([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
-        line = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
-        (Path(own.decode().strip()) / "project.pth").write_text(line)
-    return python
-
-
-def installed(python: Path, peer: str) -> str | None:
-    """Install a peer without its dependencies, but for those that it needs here: None, or what went wrong."""
-    command = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check"]
-    done = subprocess.run([*command, *REQUIREMENTS[peer]], stderr=subprocess.PIPE, text=True)
-    return None if done.returncode == 0 else f"does not install: {last_line(done.stderr)}"
-
-
-def last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "no message"
 
 
 # --- workers ----------------------------------------------------------------------------------------------------------
 
 
-class Worker:
+class Worker(workers.Worker):
     """A process that runs one way.
 
     Attributes:
@@ -84,37 +49,14 @@ class Worker:
     """
 
     def __init__(self, python: Path, name: str, size: str, threads: int, folder: Path) -> None:
-        self.name = name
-        self._log = (folder / f"{name}.log").open("w+")
         script = str(Path(ways.__file__))
         command = [str(python), script, name, "--size", size, "--threads", str(threads), "--folder", str(folder)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
-        )
-        self.told = self._answer()
+        super().__init__(name, command, folder / f"{name}.log")
+        self.told = self.answer()
 
     def seconds(self) -> float:
         """Of one more step."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # the answer says why
-            self._process.stdin.write("step\n")
-            self._process.stdin.flush()
-        return self._answer()["seconds"]
-
-    def stop(self) -> None:
-        """End the process."""
-        self._process.communicate()
-        self._log.close()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._process.communicate()
-            with self._log:
-                self._log.seek(0)
-                raise RuntimeError(f"ended with status {self._process.returncode}: {last_line(self._log.read())}")
-        return json.loads(line)
+        return self.ask("step")["seconds"]
 
 
 class Runs:
@@ -136,20 +78,20 @@ class Runs:
 
     def take_turns(self, names: Sequence[str], rounds: int) -> None:
         """Start workers for some ways, the plain step among them; let them take turns; end them."""
-        workers = [worker for name in names if (worker := self._start(name)) is not None]
+        running = [worker for name in names if (worker := self._start(name)) is not None]
         for _ in range(rounds):
             taken: dict[str, float] = {}
-            for worker in workers:
+            for worker in running:
                 try:
                     taken[worker.name] = worker.seconds()
                 except RuntimeError as error:
                     self._failed(worker.name, error)
-            workers = [worker for worker in workers if worker.name in taken]
-            workers = workers[1:] + workers[:1]  # each is the first once
+            running = [worker for worker in running if worker.name in taken]
+            running = running[1:] + running[:1]  # each is the first once
             for name, seconds in taken.items():
                 self.seconds.setdefault(name, []).append(seconds)
                 self.ratios.setdefault(name, []).append(seconds / taken["plain"])
-        for worker in workers:
+        for worker in running:
             worker.stop()
 
     def _start(self, name: str) -> Worker | None:

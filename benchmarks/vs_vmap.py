@@ -13,27 +13,20 @@ of a dot and |G - G*| / |G*| of the gradient, over all parameters.
 """
 
 import argparse
-import json
-import os
-import platform
-import re
-import statistics
-import subprocess
-import sys
-import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from measuring import arguments_of, environment, flops, peak, print_peak, resident, save, times
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 import ghostfunc as gf
+
+__all__ = ["arguments_of", "environment", "flops", "peak", "print_peak", "resident", "save", "times"]  # for others
 
 RESULTS = Path(__file__).parent / "results" / "vs_vmap.json"
 Grads = dict[str, Tensor]
@@ -61,8 +54,8 @@ class Result(NamedTuple):
 # --- workloads --------------------------------------------------------------------------------------------------------
 
 
-def mlp(device: torch.device) -> Workload:
-    n, m, sizes = 64, 16, (784, 1024, 1024, 1024)
+def mlp(device: torch.device, *, samples: tuple[int, int] = (64, 16), width: int = 1024) -> Workload:
+    (n, m), sizes = samples, (784, width, width, width)
     layers = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(sizes)]
     module = nn.Sequential(*layers, nn.Linear(sizes[-1], 10)).to(device)
     model_fn, params = gf.functionalize(module, gf.classification_loss)
@@ -157,71 +150,6 @@ METHODS: dict[str, Callable[[Workload], Result]] = {
 # --- measurements -----------------------------------------------------------------------------------------------------
 
 
-def seconds(method: Method, work: Workload, device: torch.device) -> float:
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    result = method(work)
-    synchronize()
-    elapsed = time.perf_counter() - start
-    del result
-    return elapsed
-
-
-def flops(run: Callable[[], Any]) -> int:
-    """Matrix products and convolutions, those of attention in plain products: a CPU's fused kernel is not counted."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        run()
-    return counter.get_total_flops()
-
-
-def times(
-    work: Workload, methods: Mapping[str, Method], rounds: int, device: torch.device
-) -> dict[str, dict[str, Any]]:
-    """Of methods that take turns, one of which is "plain"."""
-    for method in methods.values():
-        seconds(method, work, device)
-    taken: dict[str, list[float]] = {name: [] for name in methods}
-    for r in range(rounds):
-        names = list(methods)
-        for name in names[r % len(names) :] + names[: r % len(names)]:
-            taken[name].append(seconds(methods[name], work, device))
-    ratios = {name: [t / p for t, p in zip(ts, taken["plain"], strict=True)] for name, ts in taken.items()}
-    return {
-        name: {
-            "median_seconds": statistics.median(taken[name]),
-            "median_ratio": statistics.median(ratios[name]),
-            "ratios": ratios[name],
-        }
-        for name in methods
-    }
-
-
-def resident(field: str) -> int:
-    """`VmHWM` (the high-water mark) or `VmRSS` of this process, in bytes."""
-    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    if match is None:
-        raise RuntimeError(f"/proc/self/status has no {field}: peak memory is measured on Linux only.")
-    return 1024 * int(match[1])
-
-
-def print_peak(work: Workload, method: Method, device: torch.device) -> None:
-    """Run one step and print its peak; what `peak` calls in a process of its own."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        before = resident("VmRSS")
-    method(work)
-    print((torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")) - before)
-
-
-def peak(script: str, size: str, method: str, arguments: argparse.Namespace) -> int:
-    command = [sys.executable, script, "--size", size, "--peak-of", method, "--device", arguments.device]
-    command += ["--threads", str(arguments.threads)]
-    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-
-
 def errors(work: Workload) -> dict[str, dict[str, float]]:
     reference = by_vmap(work)
     assert reference.dots is not None
@@ -244,29 +172,6 @@ def errors(work: Workload) -> dict[str, dict[str, float]]:
     return found
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    match = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return match[1] if match else platform.processor()
-
-
-def environment(arguments: argparse.Namespace) -> dict[str, Any]:
-    import transformers
-
-    device = torch.device(arguments.device)
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "dtype": "float32",
-        "load_average_before": round(os.getloadavg()[0], 2),
-    }
-
-
 def measure(size: str, arguments: argparse.Namespace) -> dict[str, Any]:
     started = environment(arguments)
     peaks = {name: peak(__file__, size, name, arguments) for name in METHODS}
@@ -286,29 +191,6 @@ def print_table(size: str, result: dict[str, Any]) -> None:
         error = row["error"] and f"{row['error']['dots']:12.1e}{row['error']['grads']:12.1e}"
         times = f"{row['median_seconds']:10.3f}{row['median_ratio']:10.2f}"
         print(f"{name:12}{times}{row['peak_bytes'] / 1e6:10.0f}{error or ''}")
-
-
-def save(path: Path, results: dict[str, Any]) -> None:
-    """Add to what the file holds already, in one step."""
-    known = json.loads(path.read_text()) if path.exists() else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({**known, **results}, indent=1) + "\n")
-    partial.replace(path)
-
-
-def arguments_of(
-    description: str | None, sizes: Mapping[str, Any], default: list[str], methods: Mapping[str, Any], results: Path
-) -> argparse.ArgumentParser:
-    """The arguments of a benchmark whose methods take turns."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", nargs="+", choices=list(sizes), default=default)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--results", type=Path, default=results, help="the JSON file that gains these sizes")
-    parser.add_argument("--peak-of", choices=list(methods), help=argparse.SUPPRESS)
-    return parser
 
 
 def main() -> None:
