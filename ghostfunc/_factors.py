@@ -74,6 +74,10 @@ class Outer:
             return self.left[:, :, ids]
         return self.left.gather(2, ids[:, None, :].expand(-1, self.left.shape[1], -1))
 
+    def left_product(self, matrix: Float[Tensor, "p k"]) -> Float[Tensor, "b r k"]:
+        """`left` times a matrix."""
+        return self.left @ matrix
+
     def scaled(self, weights: Float[Tensor, " b"]) -> Outer:
         """The factor of the samples' gradients times a weight for each."""
         column = weights.view(-1, 1, 1).to(self.a.dtype)
@@ -91,7 +95,9 @@ class Outer:
 
     def part(self, start: int, stop: int) -> Outer:
         """The factor of samples start to stop."""
-        return Outer(self.a[start:stop], self.g[start:stop], self.transposed)
+        if type(self) is Outer:  # often, and without what `replace` takes
+            return Outer(self.a[start:stop], self.g[start:stop], self.transposed)
+        return replace(self, a=self.a[start:stop], g=self.g[start:stop])
 
 
 @dataclass(frozen=True, eq=False)

@@ -88,6 +88,14 @@ class LogitsOuter(Outer):
             logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return cotangents_(logits, self.lse, self.token, self.targets, at, self.softcap).to(self.a.dtype)
 
+    def left_product(self, matrix: Tensor) -> Tensor:
+        """The matrix `[V, k]` times g: `[B, R, k]`."""
+        found = matrix.new_zeros(*self.a.shape[:2], matrix.shape[1])
+        for start, stop in blocks(len(self.weight), self.block):
+            rows = self.left_rows(start, stop).flatten(0, 1)
+            torch.addmm(found.flatten(0, 1), rows, matrix[start:stop], out=found.flatten(0, 1))
+        return found
+
     def left_sum(self) -> Tensor:
         """The sum of g over positions: `[B, V]`."""
         return torch.cat([self.left_rows(*rows).sum(1) for rows in blocks(len(self.weight), self.block)], 1)

@@ -55,7 +55,7 @@ def project_factor(
     if isinstance(factor, Gather):
         rows, cols = p_rows[factor.ids], factor.g @ p_cols
     else:
-        rows, cols = factor.left @ p_rows, factor.right @ p_cols
+        rows, cols = factor.left_product(p_rows), factor.right @ p_cols
     return rows.transpose(1, 2) @ cols
 
 
@@ -118,7 +118,7 @@ class Projected:
         rows, cols = (p_in, p_out) if place.rows_in else (p_out, p_in)
         if site.narrowed:
             assert isinstance(factor, Outer)
-            left = factor.left if factor.transposed else factor.left @ rows
+            left = factor.left if factor.transposed else factor.left_product(rows)
             right = factor.right @ cols if factor.transposed else factor.right
             found = left.transpose(1, 2) @ right
         elif isinstance(factor, (Outer, Gather, Dense)):
@@ -174,7 +174,7 @@ def _chunks(factor: Factor, shape: torch.Size) -> Iterator[Tensor]:
     samples = (
         factor.samples
         if isinstance(factor, Later)
-        else len(factor.g if isinstance(factor, (Outer, Gather)) else factor.grad)
+        else len(factor.right if isinstance(factor, Outer) else factor.g if isinstance(factor, Gather) else factor.grad)
     )
     step = Later.at_a_time(prod(shape), 8)
     for start in range(0, samples, step):

@@ -447,6 +447,7 @@ def test_no_logits_are_allocated(tied):
     train, val = ids(vocabulary, n, positions), ids(vocabulary, m, positions)
     leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
     direction = {name: torch.ones_like(p) for name, p in params.items()}
+    projection = gf.kronecker_projection(model_fn, params, train[:1], rank=16, min_rank=2, include=("head", "embedding"))
     want = {"dots": gf.Dot(), "norms": gf.Norm(), "clipped": gf.Clip(1.0)}
     calls: dict[str, Callable[[], Any]] = {
         "plain": lambda: torch.autograd.grad(model_fn(leaves, train).mean(), list(leaves.values())),
@@ -461,6 +462,7 @@ def test_no_logits_are_allocated(tied):
         "quantities": lambda: gf.ghost_quantities(model_fn, params, train, val, want=want),
         "clipped": lambda: gf.ghost_clipped_grad(model_fn, params, train, 1.0),
         "along": lambda: gf.ghost_grad_along(model_fn, params, train, direction),
+        "projections": lambda: gf.ghost_grad_proj(model_fn, params, train, projection),
         "tokens": lambda: gf.ghost_grad_along(model_fn, params, train[:2], direction, out="train token"),
     }
     logits = n * (positions - 1) * vocabulary
