@@ -9,7 +9,8 @@ from ghostfunc._functionalize import functionalize
 from ghostfunc._heads import attention_heads
 from ghostfunc._kfac import ekfac, kfac
 from ghostfunc._kronecker import KroneckerProjection
-from ghostfunc._losses import causal_lm_loss, classification_loss
+from ghostfunc._linear_cross_entropy import linear_cross_entropy
+from ghostfunc._losses import causal_lm_loss, chunked_causal_lm_loss, classification_loss
 from ghostfunc._make_projection import kronecker_projection
 from ghostfunc._many import ClippedGrad, Quantities, ghost_quantities
 from ghostfunc._oracle import per_sample_grad
@@ -69,6 +70,7 @@ __all__ = [
     "adam",
     "attention_heads",
     "causal_lm_loss",
+    "chunked_causal_lm_loss",
     "classification_loss",
     "diagonal",
     "ekfac",
@@ -88,6 +90,7 @@ __all__ = [
     "in_run_values",
     "kfac",
     "kronecker_projection",
+    "linear_cross_entropy",
     "per_sample_grad",
     "read_dot_log",
     "tracin",
