@@ -61,4 +61,4 @@ test-gpu: setup
 	$(PYTHON) -m pytest -m cuda
 
 bench: setup
-	$(PYTHON) benchmarks/vs_vmap.py
+	$(PYTHON) benchmarks/run.py --short

@@ -1,6 +1,5 @@
 """The README's Python runs as it stands, block after block in one session, and its links lead to files."""
 
-import json
 import re
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def test_the_table_of_public_names_is_complete_and_true():
 
 RESULT_TYPES = {  # what a function in the table returns, or hands to one of the user's
     "ValueAndGradDot", "EngineOutput", "Outer", "Gather", "Dense", "ClippedGrad", "Quantities", "Tile", "InRunValues",
-    "TracIn", "KroneckerProjection", "FisherPreconditioner",
+    "TracIn", "KroneckerProjection", "FisherPreconditioner", "BoundedDots", "ValGradient",
 }  # fmt: skip
 
 
@@ -50,23 +49,3 @@ def test_make_targets_that_the_readme_names_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     named = set(re.findall(r"^make ([\w-]+)", README, flags=re.MULTILINE))
     assert named and named <= targets
-
-
-def measured_table() -> str:
-    """The README's table of what benchmarks/vs_vmap.py measured."""
-    results = json.loads((ROOT / "benchmarks" / "results" / "vs_vmap.json").read_text(encoding="utf-8"))
-    lines = [
-        "| model | batch | method | time / plain step | memory above the start | error of the dots |",
-        "|---|---|---|---|---|---|",
-    ]
-    for size in results.values():
-        batch = ", ".join(f"{name}={size[name]}" for name in ("B", "Bv", "T") if name in size)
-        for name, method in size["methods"].items():
-            error = f"{method['error']['dots']:.0e}" if method["error"] else ""
-            peak = f"{method['peak_bytes'] / 2**20:.0f} MiB"
-            lines.append(f"| {size['model']} | {batch} | {name} | {method['median_ratio']:.2f} | {peak} | {error} |")
-    return "\n".join(lines)
-
-
-def test_measured_figures_are_those_of_the_committed_results():
-    assert measured_table() in README, f"paste into README.md, Measured:\n{measured_table()}"
