@@ -100,7 +100,7 @@ def test_every_order(sizes, kind, want_grad, dtype):
     assert set(costs) == {"tile stream", "direction"} | (set() if kind == "given" else {"Gram"})
     chosen = counted(lambda: contract_outer(train, directions, want_grad=want_grad))
     passes = passes_of(chosen, best_order(shape).name, sizes, want_grad)
-    assert chosen.total_flops + MEMORY_BOUND * passes == min(costs.values())
+    assert chosen.total_flops + MEMORY_BOUND * passes <= 1.001 * min(costs.values())
 
 
 def test_the_grid_has_every_choice():
