@@ -117,4 +117,4 @@ def test_gpt2_small(tied):
     """12 layers of 768, vocabulary 50257, B = 4, Bv = 1, T = 256."""
     measured = ratio(tied=tied, n=4, m=1, positions=256, layers=12, width=768, heads=12, vocabulary=50257)
     print(f"FLOPs of value_and_grad_dot over a plain step, {'tied' if tied else 'untied'}: {measured:.4f}")
-    assert 1.25 <= measured <= 1.265
+    assert 1.25 <= measured <= 1.256
