@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 import ghostfunc._graph_ops  # noqa: F401  registers what the recorded code calls
 from ghostfunc._functionalize import _Call
+from ghostfunc._kronecker import KroneckerProjection
 from ghostfunc._quantities import Along, Clip, Dot, Gram, Norm, Project, Stream
 
 RECORDS = torch.__version__ >= "2.13"  # whether this torch has what it takes; in older ones it was not tested
 TRANSFORMS: dict[str, Callable] = {}  # what a node calls, by name
-ARGUMENTS = {"ghost_grad_proj": ("projection", Project), "ghost_grad_stream": ("function", Stream)}
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -57,6 +57,8 @@ def _as_node(name: str, model_fn: Callable, params: Mapping[str, Tensor], *batch
             "model_fn is a bound method or a partial, on which torch.compile cannot guard. Pass a function, or an "
             "object with __call__, made outside of the compiled function."
         )
+    batches = tuple([_fixed(value) for value in batches])
+    options = {key: _fixed(value) for key, value in options.items()}
     place = id(model_fn)  # lets Dynamo guard on the object
     remember(model_fn)
     layers = options.get("layers", "")
@@ -65,13 +67,12 @@ def _as_node(name: str, model_fn: Callable, params: Mapping[str, Tensor], *batch
     if "layer_of" in options:
         options["layer_of"] = _layers(options["layer_of"], params)
     if name in ARGUMENTS:
-        argument, quantity = ARGUMENTS[name]
+        argument, described = ARGUMENTS[name]
         value = options.pop(argument) if argument in options else batches[1]
-        batches, wanted = batches[:1], {"": quantity(value)}
+        batches, want = batches[:1], {"": described(value)}
     else:
-        wanted = options.pop("want", {})
-    clips = tuple([key for key, quantity in wanted.items() if isinstance(quantity, Clip)])
-    want = {key: _described(key, quantity, params) for key, quantity in wanted.items()}
+        want = {key: _described(key, quantity, params) for key, quantity in options.pop("want", {}).items()}
+    clips = tuple([key for key, (kind, _) in want.items() if kind == "Clip"])
     preconditioned = options.pop("precondition", None) is not None
     modules = _modules_behind(model_fn)
     for module in modules:
@@ -85,6 +86,13 @@ def _as_node(name: str, model_fn: Callable, params: Mapping[str, Tensor], *batch
 # ---------------------------------------------------------------- what goes into the node
 
 
+def _fixed(value: Any) -> Any:
+    """Numbers as what Dynamo guards on, as it does on the keys of a dict: one that changes would become a symbol."""
+    if type(value) is dict:
+        return {key: _fixed(part) for key, part in value.items()}
+    return next(iter({value: ()})) if isinstance(value, (int, float)) else value
+
+
 def _layers(layer_of: Any, params: Mapping[str, Tensor]) -> Any:
     """An expression as it is; a function, which the node cannot be given, as what it says of each parameter."""
     return {name: layer_of(name) for name in params} if callable(layer_of) else layer_of
@@ -92,27 +100,40 @@ def _layers(layer_of: Any, params: Mapping[str, Tensor]) -> Any:
 
 def _described(key: str, quantity: Any, params: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
     """A quantity as its kind and its fields, of which the node can be given tensors, numbers, strings and ids."""
+    if isinstance(quantity, Stream):
+        kind, fields = _of_function(quantity.function)
+        return kind, {**fields, "out": quantity.out}
+    if isinstance(quantity, Project):
+        return _of_projection(quantity.projection)
+    if isinstance(quantity, Clip):
+        return "Clip", {"max_norm": _fixed(quantity.max_norm)}
+    if not isinstance(quantity, (Dot, Along, Gram, Norm)):
+        raise TypeError(f"want[{key!r}] is none of Dot, Along, Gram, Norm, Project, Clip and Stream.")
+    fields = {"out": quantity.out, "layer_of": _layers(quantity.layer_of, params)}
+    if isinstance(quantity, Dot):
+        fields["reduction"] = quantity.reduction
+    if isinstance(quantity, Along):
+        fields["direction"] = dict(quantity.direction)
+    return type(quantity).__name__, fields
+
+
+def _of_function(function: Callable) -> tuple[str, dict[str, Any]]:
     from ghostfunc._node import remember
 
-    if isinstance(quantity, Dot):
-        of = {"reduction": quantity.reduction}
-    elif isinstance(quantity, Along):
-        of = {"direction": dict(quantity.direction)}
-    elif isinstance(quantity, (Gram, Norm)):
-        of = {}
-    elif isinstance(quantity, Clip):
-        return "Clip", {"max_norm": quantity.max_norm}
-    elif isinstance(quantity, Stream):
-        remember(quantity.function)
-        return "Stream", {"function": id(quantity.function), "out": quantity.out}
-    elif isinstance(quantity, Project):
-        remember(quantity.projection)
-        parts = quantity.projection.parts
-        matrices = {name: (part.p_in, part.p_out) for name, part in parts.items()}
-        return "Project", {"projection": id(quantity.projection), "matrices": matrices}
-    else:
-        raise TypeError(f"want[{key!r}] is none of Dot, Along, Gram, Norm, Project, Clip and Stream.")
-    return type(quantity).__name__, {**of, "out": quantity.out, "layer_of": _layers(quantity.layer_of, params)}
+    remember(function)
+    return "Stream", {"function": id(function)}
+
+
+def _of_projection(projection: KroneckerProjection) -> tuple[str, dict[str, Any]]:
+    from ghostfunc._node import remember
+
+    remember(projection)
+    matrices = {name: (part.p_in, part.p_out) for name, part in projection.parts.items()}
+    return "Project", {"projection": id(projection), "matrices": matrices}
+
+
+# for calls that take what is in one quantity: the argument's name
+ARGUMENTS = {"ghost_grad_proj": ("projection", _of_projection), "ghost_grad_stream": ("function", _of_function)}
 
 
 # ---------------------------------------------------------------- what comes out of it
@@ -146,7 +167,10 @@ def _unpacked(name: str, result: Any, clips: tuple[str, ...], has_aux: bool) -> 
         losses, val_losses, grads, found = values
         found = {key: _clipped(value) if key in clips else value for key, value in found.items()}
         val_losses = val_losses if isinstance(val_losses, Tensor) else None
-        return Quantities(losses, val_losses, grads, found, tuple(unused), aux if has_aux else None)
+        result = Quantities.__new__(Quantities)  # where annotations are checked, Dynamo cannot read its __init__
+        result.losses, result.val_losses, result.grads, result.values = losses, val_losses, grads, found
+        result.unused, result.aux = tuple(unused), aux if has_aux else None
+        return result
     if name == "ghost_clipped_grad":
         values = _clipped(values)
     if name == "value_and_grad_dot":

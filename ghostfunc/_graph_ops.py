@@ -20,6 +20,9 @@ from ghostfunc._errors import InteractingSamples, UnsupportedUse
 from ghostfunc._factors import Outer
 from ghostfunc._run import not_finite
 
+# For operators that wait for values: CUDA graphs leave them out.
+WAITS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
 _KINDS = {error.__name__: error for error in (UnsupportedUse, InteractingSamples, ValueError, TypeError, IndexError)}
 
 
@@ -65,9 +68,20 @@ def _tile_stream_flops(left, right, given, val_left, val_right, each, want_grad,
 
 
 def _finite(values: Tensor, losses: Tensor, names: list[str], sizes: list[int]) -> Tensor:
+    """Without names of batches, these are norms of gradients."""
     if not bool(torch.isfinite(losses).all()):
-        raise ValueError(not_finite(losses, tuple(zip(names, sizes, strict=True))))
+        named = tuple(zip(names, sizes, strict=True))
+        raise ValueError(not_finite(losses, named) if named else norms_not_finite(losses))
     return values.clone()
+
+
+def norms_not_finite(norms: Tensor) -> str:
+    """What is wrong with norms of gradients of which some are not finite."""
+    bad = (~norms.isfinite()).nonzero().flatten().tolist()
+    return (
+        f"the gradients of samples {bad} are not finite (norms {norms[bad].tolist()}), though their losses are; they "
+        "would spoil the sum. Look at these samples, at the model's dtype and at operations with an infinite slope."
+    )
 
 
 _finite_op = custom_op(
@@ -75,6 +89,7 @@ _finite_op = custom_op(
     _finite,
     mutates_args=(),
     schema="(Tensor values, Tensor losses, str[] names, SymInt[] sizes) -> Tensor",
+    **WAITS,
 )
 _finite_op.register_fake(lambda values, losses, names, sizes: torch.empty_like(values))
 
@@ -88,6 +103,7 @@ _refuse_op = custom_op(
     _refuse,
     mutates_args=(),
     schema="(Tensor values, str kind, str message, str[] parameters) -> Tensor",
+    **WAITS,
 )
 _refuse_op.register_fake(lambda values, kind, message, parameters: torch.empty_like(values))
 

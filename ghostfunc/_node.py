@@ -69,6 +69,8 @@ def node(
     Returns:
         What the transform returns, packed. If it fails while a compiler records it, tensors that raise.
     """
+    for tensor in pytree.tree_leaves((states, params, batches, options, want)):
+        _fix_sizes(tensor)
     transform = TRANSFORMS[name]
     if isinstance(options.get("layers"), tuple):
         options = {**options, "layers": frozenset(options["layers"]).__contains__}
@@ -100,6 +102,16 @@ def node(
             raise
         _forget_unknown_sizes(params)
         return _raising(error, _similar(name, call.arguments, wanted))
+
+
+def _fix_sizes(value: Any) -> None:
+    """Let the graph be of these sizes and no others, where it was asked for with sizes that are symbols.
+
+    A plan is made of numbers: how many samples a loop has, which order of a product is the cheapest, what fits a tile.
+    """
+    if isinstance(value, Tensor):
+        for size in value.shape:
+            int(size)
 
 
 def _quantity(kind: str, fields: dict[str, Any]) -> Any:

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ghostfunc._accumulate import Accumulator, Setting, by_tiles
 from ghostfunc._factors import Dense, Factor, Gather, Outer
+from ghostfunc._graph_ops import WAITS
 from ghostfunc._quantities import Along, Dot, Gram, Norm, Norms
 from ghostfunc._tiles import Block
 
@@ -123,6 +124,7 @@ _tiles_op = custom_op(
     _tiles,
     mutates_args=(),
     schema="(Tensor[] train, Tensor[] val, Tensor[] along, SymInt[] shape, str[] kinds, bool want_grad) -> Tensor[]",
+    **WAITS,  # for the places of look-ups
 )
 
 
