@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -59,15 +58,17 @@ def aligned(axis: Samples, tensor: Tensor, out: Tensor) -> Samples:
     if not isinstance(axis, SampleAxis):
         return axis
     dim = axis.dim + out.dim() - tensor.dim()
-    if dim < 0 or out.shape[dim] != axis.size:
+    if dim < 0 or out.size(dim) != axis.size:
         return unknown("broadcasting")
-    return replace(axis, dim=dim)
+    return axis.at(dim)
 
 
 def row_major(name: str, axis: SampleAxis, before: torch.Size, after: torch.Size) -> Samples:
     """The axis after a reshape that keeps the row-major order of the entries."""
     if axis.owners is not None:
         return _rows_reshaped(name, axis, axis.owners, before, after)
+    if axis.samples > 1 and before[: axis.dim + 1] == after[: axis.dim + 1]:
+        return axis
     outer = math.prod(before[: axis.dim]) * axis.outer
     inner = axis.inner * math.prod(before[axis.dim + 1 :])
     ahead = 1

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_COMPOSITES = frozenset({F.multi_head_attention_forward})
+COMPOSED = frozenset({F.multi_head_attention_forward})
 
 
 def body(func: Callable) -> Callable | None:
@@ -27,7 +27,7 @@ def body(func: Callable) -> Callable | None:
     Returns:
         A function of the same arguments.
     """
-    return _without_question(func) if func in _COMPOSITES else None  # type: ignore[arg-type]
+    return _without_question(func) if func in COMPOSED else None  # type: ignore[arg-type]
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

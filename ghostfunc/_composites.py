@@ -12,7 +12,6 @@ states exist only once the recurrence has run, so they are collected in a list t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -82,7 +81,7 @@ def _attention(
         shape = [1] * (-place - tensor.dim()) + list(tensor.shape)
         if axis.samples > 1:
             shape[place] = axis.size
-        return _as_data(mode, "attention", tensor, shape, replace(axis, dim=len(shape) + place))
+        return _as_data(mode, "attention", tensor, shape, axis.at(len(shape) + place))
 
     return mode.call(func, *map(with_samples, operands), *args, **kwargs)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ghostfunc._axis_algebra import Op, agree, aligned, argument, ints, mixed, row_major, unknown
 from ghostfunc._letters import as_einsum
 from ghostfunc._nesting import readable, with_values
-from ghostfunc._operations import LIKE_ANOTHER, einsum_letters, is_in_place, op_name, tensors_in
+from ghostfunc._operations import LIKE_ANOTHER, Operation, einsum_letters, operation, tensors_in
 from ghostfunc._packed import PACKING, is_packed, packed_recurrent
 from ghostfunc._routing import ROUTING, assigned, mark_enumeration, moved
 from ghostfunc._sample_axis import (
@@ -119,7 +119,16 @@ _BATCH_FIRST = {  # operations that keep a leading batch dimension, with the ran
 
 
 def _elementwise(name: str, tensors: Sequence[Tensor], out: Tensor) -> Samples:
-    return agree(name, (aligned(samples_of(t), t, out) for t in tensors))
+    found: list[Samples] = []
+    for tensor in tensors:
+        axis = samples_of(tensor)
+        if axis is not None:
+            found.append(aligned(axis, tensor, out))
+    return found[0] if len(found) == 1 or (len(found) == 2 and found[0] is found[1]) else agree(name, found)
+
+
+def _entrywise(op: Op) -> Samples:
+    return _elementwise(op.name, op.tensors, op.out)
 
 
 def _without(axis: SampleAxis, dims: Iterable[int], rank: int, keep: bool, name: str) -> Samples:
@@ -127,7 +136,7 @@ def _without(axis: SampleAxis, dims: Iterable[int], rank: int, keep: bool, name:
     removed = {dim % rank for dim in dims}
     if axis.dim in removed:
         return mixed(name)
-    return axis if keep else replace(axis, dim=axis.dim - sum(dim < axis.dim for dim in removed))
+    return axis if keep else axis.at(axis.dim - sum(dim < axis.dim for dim in removed))
 
 
 def _reduction(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Samples:
@@ -173,7 +182,7 @@ def _permuted(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Samples
         order[-1], order[-2] = order[-2], order[-1]
     else:  # t, T, H
         order.reverse()
-    return replace(axis, dim=order.index(axis.dim))
+    return axis.at(order.index(axis.dim))
 
 
 def _matmul(name: str, a: Tensor, b: Tensor, out: Tensor) -> Samples:
@@ -186,7 +195,7 @@ def _matmul(name: str, a: Tensor, b: Tensor, out: Tensor) -> Samples:
             return mixed(name)
         if other.dim() == 1 and not (tensor is b and dim == -1):
             dim += 1  # a vector operand leaves no dimension of its own in the result
-        return replace(axis, dim=out.dim() + dim)
+        return axis.at(out.dim() + dim)
 
     return agree(name, (in_result(a, b, -1), in_result(b, a, -2)))
 
@@ -203,7 +212,7 @@ def _einsum(args: Sequence[Any]) -> Samples:
         axis = samples_of(tensor)
         if isinstance(axis, SampleAxis):
             letter = letters[axis.dim]
-            axis = replace(axis, dim=output.index(letter)) if letter in output else mixed("einsum")
+            axis = axis.at(output.index(letter)) if letter in output else mixed("einsum")
         found.append(axis)
     return agree("einsum", found)
 
@@ -215,13 +224,13 @@ def _cross_entropy(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: 
     if isinstance(axis, SampleAxis):
         if reduced or (axis.dim == 1 and logits.dim() > 1) or logits.dim() == 1:
             return mixed(name)
-        axis = replace(axis, dim=axis.dim - (axis.dim > 1))
+        axis = axis.at(axis.dim - (axis.dim > 1))
     other = samples_of(target)
     if isinstance(other, SampleAxis):
         if reduced:
             return mixed(name)
         if target.dim() == logits.dim():  # class probabilities
-            other = replace(other, dim=other.dim - (other.dim > 1)) if other.dim != 1 else mixed(name)
+            other = other.at(other.dim - (other.dim > 1)) if other.dim != 1 else mixed(name)
     return agree(name, (axis, other))
 
 
@@ -260,7 +269,7 @@ def _concatenation(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: 
     dim = argument(args, kwargs, 1, "dim", "axis", default=0) % out.dim()
     axes = [samples_of(t) for t in tensors]
     if name == "stack":
-        moved = [replace(a, dim=a.dim + (a.dim >= dim)) if isinstance(a, SampleAxis) else a for a in axes]
+        moved = [a.at(a.dim + (a.dim >= dim)) if isinstance(a, SampleAxis) else a for a in axes]
         return agree(name, moved)
     if all(isinstance(a, SampleAxis) and a.dim == dim for a in axes):
         inner = {a.inner for a in axes}  # type: ignore[union-attr]
@@ -293,7 +302,7 @@ def _parts(op: Op) -> Samples:
             return unknown(name)
         start = args[2] if name == "narrow" else sum(part.shape[dim] for part in op.results[: op.index])
         return scattered(dim, axis.samples, axis.of_index()[start : start + op.out.shape[dim]])
-    return replace(axis, dim=axis.dim - (dim < axis.dim)) if name in ("unbind", "select") else axis
+    return axis.at(axis.dim - (dim < axis.dim)) if name in ("unbind", "select") else axis
 
 
 def _repeated(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> Samples:
@@ -425,7 +434,7 @@ def _distances(op: Op) -> Samples:
         if isinstance(axis, SampleAxis):
             dim = axis.dim - tensor.dim()
             dim = of_rows if dim == -2 else dim
-            axis = mixed(op.name) if axis.dim == tensor.dim() - 1 else replace(axis, dim=op.out.dim() + dim)
+            axis = mixed(op.name) if axis.dim == tensor.dim() - 1 else axis.at(op.out.dim() + dim)
         found.append(axis)
     return agree(op.name, found)
 
@@ -462,7 +471,7 @@ def _recurrent(op: Op) -> Samples:
         axis = samples_of(tensor)
         if isinstance(axis, SampleAxis):
             at = 0 if tensor is x and batch_first else 1
-            axis = replace(axis, dim=0 if op.index == 0 and batch_first else 1) if axis.dim == at else mixed(op.name)
+            axis = axis.at(0 if op.index == 0 and batch_first else 1) if axis.dim == at else mixed(op.name)
         found.append(axis)
     return agree(op.name, found)
 
@@ -474,12 +483,19 @@ def _cell(op: Op) -> Samples:
     return mixed(op.name) if away else agree(op.name, found)
 
 
+_UNMOVED = (_ELEMENTWISE | _ROW_MAJOR) - LIKE_ANOTHER
+
+
+def _no_rule(op: Op) -> Samples:
+    return unknown(op.name)
+
+
 def _rows(names: str, rule: Callable[[Op], Samples]) -> dict[str, Callable[[Op], Samples]]:
     return dict.fromkeys(names.split(), rule)
 
 
 _RULES: dict[str, Callable[[Op], Samples]] = {
-    **dict.fromkeys(_ELEMENTWISE, lambda op: _elementwise(op.name, op.tensors, op.out)),
+    **dict.fromkeys(_ELEMENTWISE, _entrywise),
     **dict.fromkeys(_ROW_MAJOR, _reshaped),
     **dict.fromkeys(_REDUCTIONS, lambda op: _reduction(op.name, op.args, op.kwargs, op.out)),
     **dict.fromkeys(_ALONG, _along),
@@ -531,9 +547,14 @@ _RULES: dict[str, Callable[[Op], Samples]] = {
 }
 
 
-@with_values
 def follow(
-    func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any, samples: int, notes: list[str]
+    func: Callable,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    out: Any,
+    samples: int,
+    notes: list[str],
+    operands: list[Tensor] | None = None,
 ) -> None:
     """Let the results of an operation carry the samples that its operands carry.
 
@@ -544,10 +565,49 @@ def follow(
         out: what it returned.
         samples: the number of samples in the batch.
         notes: takes why integers of the whole batch decided what a sample goes through.
+        operands: the tensors among the arguments, where they are known.
     """
-    name = op_name(func)
-    mark_enumeration(func, name, args, out)
-    tensors = tensors_in(args) + tensors_in(kwargs.values())
+    known = operation(func)
+    name, in_place = known
+    tensors = tensors_in(args) + tensors_in(kwargs.values()) if operands is None else operands
+    if name in _UNMOVED and samples > 1 and not in_place and isinstance(out, Tensor) and kwargs.get("out") is None:
+        axis = _unmoved(name, tensors, out)
+        if axis is not None:
+            set_samples(out, axis)
+            return
+    _follow_by_rule(known, args, kwargs, tensors, out, samples, notes)
+
+
+def _unmoved(name: str, operands: list[Tensor], out: Tensor) -> SampleAxis | None:
+    """The axis of the operands, where they agree and it is seen at once that the result has it too: most often."""
+    axis, shape = None, out.shape
+    for tensor in operands:
+        found = samples_of(tensor)
+        if found is None:
+            continue
+        if isinstance(found, Lost) or found.owners is not None:
+            return None
+        if axis is not None and axis is not found and axis != found:
+            return None
+        before = tensor.shape
+        if before != shape and (name not in _ROW_MAJOR or before[: found.dim + 1] != shape[: found.dim + 1]):
+            return None
+        axis = found
+    return axis
+
+
+@with_values
+def _follow_by_rule(
+    known: Operation,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    tensors: list[Tensor],
+    out: Any,
+    samples: int,
+    notes: list[str],
+) -> None:
+    name = known.name
+    mark_enumeration(known, args, out)
     if name in LIKE_ANOTHER:
         tensors = tensors[:1]
     carried = [s for s in map(samples_of, tensors) if s is not None]
@@ -557,14 +617,14 @@ def follow(
         op = Op(name, args, kwargs, tensors, args[0], 0, [], notes)
         _follow_write(args[0], SampleAxis(0, 1) if samples == 1 else assigned(op))
         return
-    results = tensors_in([out])
+    results = [out] if isinstance(out, Tensor) else tensors_in((out,))
     if not results:
         return
-    rule = _RULES.get(name, lambda op: unknown(op.name))
+    rule = _RULES.get(name, _no_rule)
     if name in ROUTING:  # an index has no gradient; what it does to samples, its rule finds
         carried = [samples_of(t) for k, t in enumerate(tensors) if k == 0 or t.is_floating_point()]
     lost = next((s for s in carried if isinstance(s, Lost)), None)
-    if following_positions() and any(isinstance(s, SampleAxis) for s in carried):
+    if lost is not None and following_positions() and any(isinstance(s, SampleAxis) for s in carried):
         lost = None  # positions may meet, as they do in attention
     for index, result in enumerate(results):
         if lost is not None:
@@ -579,7 +639,7 @@ def follow(
         if isinstance(found, Lost) and lost is None:
             shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
             found = replace(found, reason=f"{found.reason} on shapes {shapes}")
-        if is_in_place(func) or kwargs.get("out") is not None:
+        if known.in_place or kwargs.get("out") is not None:
             _follow_write(result, found)
         else:
             set_samples(result, found)
@@ -604,7 +664,7 @@ def _seen_in(base: Tensor, view: Tensor, axis: SampleAxis) -> Samples:
     along = (view.shape[axis.dim], view.stride(axis.dim))
     same = [dim for dim in range(base.dim()) if (base.shape[dim], base.stride(dim)) == along]
     if len(same) == 1:
-        return replace(axis, dim=same[0])
+        return axis.at(same[0])
     if view.numel() == base.numel() and view.is_contiguous() and base.is_contiguous():
         return row_major("a write to a view", axis, view.shape, base.shape)
     return unknown("an in-place operation on a view")

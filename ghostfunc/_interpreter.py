@@ -12,7 +12,7 @@ mode did not see, and the call raises.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
-from ghostfunc._bodies import IN_STEPS, body
+from ghostfunc._bodies import COMPOSED, IN_STEPS, body
 from ghostfunc._errors import UnsupportedUse
 from ghostfunc._follow import follow
 from ghostfunc._nesting import functorch_level, leaf_at, readable, saved_tensors_are_hooked
-from ghostfunc._operations import LIKE_ANOTHER, is_in_place, op_name, tensors_in
+from ghostfunc._operations import LIKE_ANOTHER, READS, is_in_place, op_name, operation, tensors_in, with_leaves
 from ghostfunc._randomness import (
     MAY_DRAW,
     DrewRandomNumbers,
@@ -40,7 +40,7 @@ from ghostfunc._randomness import (
 )
 from ghostfunc._sample_axis import Lost, SampleAxis, Samples, samples_of, set_samples
 from ghostfunc._segments import Segments
-from ghostfunc._sites import ISOMETRIES, Derivation, Site, Tracked, zero_tap
+from ghostfunc._sites import ISOMETRIES, Derivation, Site, Tracked
 
 _WRITES = frozenset(  # in-place operations that have a rule
     """
@@ -48,6 +48,8 @@ _WRITES = frozenset(  # in-place operations that have a rule
     atan2 hypot xlogy remainder fmod copysign
     """.split()
 )
+
+_APART = MAY_DRAW | IN_STEPS.keys() | {op_name(func) for func in COMPOSED} | {"grad", "backward"}  # looked at first
 
 
 class Interpreter(TorchFunctionMode):
@@ -62,7 +64,7 @@ class Interpreter(TorchFunctionMode):
         dropout: bool = True,
         refuse_random: bool = False,
         apply_rule: Callable[..., Any],
-        more_taps: Callable[[Site], dict[str, Tensor]] = lambda site: {},
+        more_taps: Callable[[Site], Collection[str]] = lambda site: (),
         narrow: Callable[[Site, str], Tensor | None] = lambda site, side: None,
         dtype: torch.dtype,
         lenient: bool = False,
@@ -86,6 +88,7 @@ class Interpreter(TorchFunctionMode):
         self.segments = segments
         self.checkpointed = False  # whether the backward will run a part of the forward again
         self.recomputing = False
+        self._no_draw_unseen = randomness == "error" or (randomness == "same" and samples > 1)
         self._again: list[Callable[[], AbstractContextManager]] = []
         self._others: set[int] = set()  # parameters of modules that are not tracked
         self.notes: list[str] = []  # why integers of the whole batch decided what a sample goes through
@@ -110,6 +113,8 @@ class Interpreter(TorchFunctionMode):
         self, output: Tensor, inputs: list[Tensor], weight: Tensor, *, keep: bool
     ) -> tuple[Tensor | None, ...]:
         """A backward pass; where it runs parts of the forward again, they run as they did."""
+        for site in self.sites:
+            site.values = {}
         if not self.checkpointed or self.nested:
             return torch.autograd.grad(
                 output, inputs, weight, allow_unused=True, retain_graph=keep, create_graph=self.nested
@@ -125,17 +130,44 @@ class Interpreter(TorchFunctionMode):
                 (output,), (weight,), keep, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False
             )
 
-    def _watch_checkpoint(self, tensors: list[Tensor]) -> None:
-        """Notice activation checkpointing; in its recomputation, notice weights that the forward did not have."""
-        if any(t.grad_fn is not None and t.grad_fn.name() == "CheckpointFunctionBackward" for t in tensors):
-            raise UnsupportedUse(
-                "reentrant activation checkpointing hides the parameters that it runs over from autograd. Pass "
-                "use_reentrant=False to torch.utils.checkpoint.checkpoint.",
-                tuple(self.leaves),
-            )
-        own = {id(t) for t in tensors if isinstance(t, torch.nn.Parameter) and t.requires_grad}
+    def _examined(self, tensors: list[Tensor]) -> tuple[list[Tracked], bool, bool]:
+        """What an operation takes: tracked tensors, whether one carries samples, whether one is foreign.
+
+        A foreign tensor has a graph that the interpreter did not see grow (a user's own autograd.Function).
+        """
+        tracked: list[Tracked] = []
+        followed = foreign = False
+        own: set[int] = set()
+        by_id = self._by_id
+        for t in tensors:
+            if (node := t.grad_fn) is not None and node.name() == "CheckpointFunctionBackward":
+                self._refuse_reentrant()
+            if type(t) is not Tensor and isinstance(t, torch.nn.Parameter) and t.requires_grad:
+                own.add(id(t))
+            found = by_id.get(id(t))
+            if found is not None and found.sentinel is t:
+                tracked.append(found)
+                followed = followed or samples_of(t) is not None
+            elif samples_of(t) is not None:
+                followed = True
+            elif t.requires_grad:
+                foreign = True
+        if not self.checkpointed and not self.recomputing:
+            self.checkpointed = saved_tensors_are_hooked()
+        if own:
+            self._watch_recomputation(own, tensors)
+        return tracked, followed, foreign
+
+    def _refuse_reentrant(self) -> None:
+        raise UnsupportedUse(
+            "reentrant activation checkpointing hides the parameters that it runs over from autograd. Pass "
+            "use_reentrant=False to torch.utils.checkpoint.checkpoint.",
+            tuple(self.leaves),
+        )
+
+    def _watch_recomputation(self, own: set[int], tensors: list[Tensor]) -> None:
+        """Notice weights of modules; in a recomputation, those that the forward did not have."""
         if not self.recomputing:
-            self.checkpointed = self.checkpointed or saved_tensors_are_hooked()
             self._others |= own
         elif own - self._others:
             shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
@@ -169,27 +201,21 @@ class Interpreter(TorchFunctionMode):
         self._by_id[id(tracked.sentinel)] = tracked
         return tracked
 
-    def site(self, tracked: Tracked, op: str, kind: str, out: Tensor) -> Site:
-        """A site for a use of a tracked tensor with taps for its result, of which `out` shows the shape and dtype."""
-        dtype = torch.promote_types(self.dtype, tracked.real.dtype) if tracked.real.is_complex() else self.dtype
-        site = Site(tracked, op, kind, dtype=dtype)
-        site.width = out.shape[-1] if out.dim() else 1
-        site.positions = out.numel() // max(1, site.width * self.samples)
-        if not self.nested:
-            site.taps = self._taps(site, out)
-        if not self.recomputing:
-            tracked.sites.append(site)
-            self.sites.append(site)
-        return site
-
-    def _taps(self, site: Site, out: Tensor) -> dict[str, Tensor]:
-        taps = {"g": zero_tap(out, out.shape, out.dtype)}
-        shape = site.tracked.real.shape
-        if site.kind == "dense":
-            count = self.samples if self.segments is None else self.segments.count + 1
-            taps["grad"] = zero_tap(out, (count, *shape), site.dtype)
-            taps["own"] = zero_tap(out, shape, site.dtype)
-        return taps | self.more_taps(site)
+    def sites_of(self, op: str, uses: Sequence[tuple[Tracked, str]], out: Tensor) -> list[Site]:
+        """A site for each use of a tracked tensor by an operation, `(tensor, kind)`; `out` is its result."""
+        width = out.shape[-1] if out.dim() else 1
+        positions = out.numel() // max(1, width * self.samples)
+        sites = []
+        for tracked, kind in uses:
+            dtype = torch.promote_types(self.dtype, tracked.real.dtype) if tracked.real.is_complex() else self.dtype
+            site = Site(tracked, op, kind, dtype=dtype, positions=positions, width=width)
+            if not self.nested:
+                site.taps = self.more_taps(site)
+            if not self.recomputing:
+                tracked.sites.append(site)
+                self.sites.append(site)
+            sites.append(site)
+        return sites
 
     def unsupported(self, message: str, names: tuple[str, ...], func: Callable, args: Any, kwargs: Any) -> Any:
         """A use that cannot be factored: refuse, or let the sentinels through for a backward of each sample."""
@@ -213,7 +239,10 @@ class Interpreter(TorchFunctionMode):
         return tensor if tracked is None else tracked.real
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = self.call(func, *args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in READS:
+            return func(*args, **kwargs)
+        out = self._call(func, args, kwargs)
         if isinstance(out, Tensor):
             self.dtypes.add(out.dtype)
         return out
@@ -226,29 +255,39 @@ class Interpreter(TorchFunctionMode):
 
     def call(self, func: Callable, *args: Any, **kwargs: Any) -> Any:
         """Run one operation: through a rule where it uses a tracked tensor."""
-        if (steps := body(func)) is not None:  # each step comes back here
-            with self:
-                return steps(*args, **kwargs)
-        name = op_name(func)
-        if self.nested and name in IN_STEPS:  # an outer transform may differentiate what the backward gives
-            with self:
-                return IN_STEPS[name](*args, **kwargs)
-        if name in MAY_DRAW and draws(name, args, kwargs):
-            func, args, kwargs = self._drawing(name, func, args, kwargs)
-        tensors = tensors_in(args) + tensors_in(kwargs.values())
-        tracked = [t for t in map(self.find, tensors) if t is not None]
-        self._watch_checkpoint(tensors)
-        if func is torch.autograd.grad or func is torch.autograd.backward or name == "backward":
-            self._refuse_backward(name)
-        self._refuse_stale(name, tracked)
-        if tracked and (why := self._must_not_see(func, args, kwargs, tensors)):
-            for t in tracked:
-                t.unseen = why
-            return func(*args, **kwargs)  # on the sentinels: the backward will find them
+        return self._call(func, args, kwargs)
+
+    def _call(self, func: Callable, args: Any, kwargs: dict[str, Any]) -> Any:
+        name, in_place = operation(func)
+        if name in _APART:
+            if (steps := body(func)) is not None:  # each step comes back here
+                with self:
+                    return steps(*args, **kwargs)
+            if self.nested and name in IN_STEPS:  # an outer transform may differentiate what the backward gives
+                with self:
+                    return IN_STEPS[name](*args, **kwargs)
+            if name in MAY_DRAW and draws(name, args, kwargs):
+                func, args, kwargs = self._drawing(name, func, args, kwargs)
+                in_place = is_in_place(func)
+            if func is torch.autograd.grad or func is torch.autograd.backward or name == "backward":
+                self._refuse_backward(name)
+        tensors = tensors_in(args)
+        if kwargs:
+            tensors += tensors_in(kwargs.values())
+        tracked, followed, foreign = self._examined(tensors)
+        if tracked:
+            self._refuse_stale(name, tracked)
+            if why := self._must_not_see(name, in_place, args, kwargs, tensors):
+                for t in tracked:
+                    t.unseen = why
+                return func(*args, **kwargs)  # on the sentinels: the backward will find them
         if not tracked or not torch.is_grad_enabled():
-            out = self._watched(name, func, args, kwargs)
-            self._follow(func, args, kwargs, out)
-            self._doubt_foreign(tensors, out)
+            out = self._watched(name, func, args, kwargs) if self._no_draw_unseen else func(*args, **kwargs)
+            follow(func, args, kwargs, out, self.samples, self.notes, tensors)
+            if self.segments is not None:
+                self.segments.follow(func, args, kwargs, out)
+            if foreign:
+                self._doubt(out)
             return out
         if name in LIKE_ANOTHER and self.find(args[0]) is not None:
             args = (args[0], *(a.detach() if isinstance(a, Tensor) else a for a in args[1:]))
@@ -256,26 +295,27 @@ class Interpreter(TorchFunctionMode):
         if name == "getitem" and self.find(args[0]) is not None:
             args = (args[0], self._numbers(args[1]))
             tensors = tensors_in(args)
-        if all(samples_of(t) is None for t in tensors) and not self._foreign(tensors):
+            _, followed, foreign = self._examined(tensors)
+        if not followed and not foreign:
             return self._derive(func, args, kwargs, tracked)
         before = len(self.sites)
         out = self.apply_rule(self, name, func, args, kwargs)
-        followed = all(samples_of(t) is not None for t in tensors_in([out]))  # a rule's own steps were
-        if is_in_place(func) or not followed:
-            self._follow(func, args, kwargs, out)
-        self._doubt_foreign(tensors, out)
-        for site in self.sites[before:]:
-            if site.axis is None:
-                result = next(iter(tensors_in([out])))
-                site.axis = self._known(samples_of(result))
+        results = [out] if isinstance(out, Tensor) else tensors_in((out,))
+        if in_place or any(samples_of(t) is None for t in results):  # else a rule's own steps were followed
+            follow(func, args, kwargs, out, self.samples, self.notes, tensors)
+            if self.segments is not None:
+                self.segments.follow(func, args, kwargs, out)
+        if foreign:
+            self._doubt(out)
+        unplaced = [site for site in self.sites[before:] if site.axis is None]
+        if unplaced:
+            axis = self._known(samples_of(results[0]))
+            for site in unplaced:
+                site.axis = axis
                 if self.segments is not None:
-                    site.rows = partial(self.segments.rows, result.shape, positions=self.segments.carried_by(result))
+                    positions = self.segments.carried_by(results[0])
+                    site.rows = partial(self.segments.rows, results[0].shape, positions=positions)
         return out
-
-    def _follow(self, func: Callable, args: Any, kwargs: Any, out: Any) -> None:
-        follow(func, args, kwargs, out, self.samples, self.notes)
-        if self.segments is not None:
-            self.segments.follow(func, args, kwargs, out)
 
     def _refuse_backward(self, name: str) -> None:
         """A backward inside `model_fn` runs through values that carry no parameter: its result would lose them."""
@@ -288,16 +328,17 @@ class Interpreter(TorchFunctionMode):
                 names,
             )
 
-    def _must_not_see(self, func: Callable, args: Any, kwargs: Mapping[str, Any], tensors: list[Tensor]) -> str:
+    def _must_not_see(
+        self, name: str, in_place: bool, args: Any, kwargs: Mapping[str, Any], tensors: list[Tensor]
+    ) -> str:
         """Why no rule can run a use, inside a functorch transform of the model's own or a write; "" where one can."""
-        name = op_name(func)
         if functorch_level() != self.level:
             return f"by `{name}` inside a functorch transform of the model's own"
         to_data = name == "setitem" and self.find(args[0]) is None and samples_of(args[0]) is not None
-        in_place = (is_in_place(func) and name not in _WRITES) or (name == "setitem" and not to_data)
-        writes = in_place or kwargs.get("out") is not None
+        writes = (in_place and name not in _WRITES) or (name == "setitem" and not to_data)
+        writes = writes or kwargs.get("out") is not None
         target = self.find(kwargs["out"] if kwargs.get("out") is not None else args[0] if args else None)
-        if target is not None and (writes or is_in_place(func)) and self._is_memory_of_a_parameter(target):
+        if target is not None and (writes or in_place) and self._is_memory_of_a_parameter(target):
             self._refuse_write(name, target)
         if not writes or not torch.is_grad_enabled():
             return ""
@@ -333,7 +374,7 @@ class Interpreter(TorchFunctionMode):
     def _derive(self, func: Callable, args: Any, kwargs: Any, tracked: list[Tracked]) -> Any:
         if is_in_place(func) or op_name(func) == "setitem":
             return self._derive_in_place(func, args, kwargs, tracked)
-        real_args, real_kwargs = pytree.tree_map(self.real, (args, kwargs))
+        real_args, real_kwargs = with_leaves(self.real, args, kwargs)
         randomness = self.random_state(op_name(func), args, kwargs)
         out = func(*real_args, **real_kwargs)
         results = tensors_in([out])
@@ -342,13 +383,13 @@ class Interpreter(TorchFunctionMode):
         differentiable = [r.requires_grad for r in (tensors_in([of_sentinels]) if self.nested else results)]
         if not any(differentiable):
             return out
-        if len(pytree.tree_leaves(out)) < len(results):  # results in a container that cannot be opened
+        single = isinstance(out, Tensor)
+        if not single and len(pytree.tree_leaves(out)) < len(results):  # results in a container that cannot be opened
             return func(*args, **kwargs)
-        recipe_args, recipe_kwargs = pytree.tree_map(
-            lambda leaf: self.find(leaf) or (leaf.detach() if isinstance(leaf, Tensor) else leaf), (args, kwargs)
+        recipe_args, recipe_kwargs = with_leaves(
+            lambda leaf: self.find(leaf) or (leaf.detach() if isinstance(leaf, Tensor) else leaf), args, kwargs
         )
         names = tuple(dict.fromkeys(name for t in tracked for name in t.names))
-        single = isinstance(out, Tensor)
         replacements: dict[int, Tensor] = {}
         for index, result in enumerate(results):
             same = next((t for t in tracked if t.real is result), None)
@@ -364,6 +405,8 @@ class Interpreter(TorchFunctionMode):
                 how = Derivation(func, recipe_args, recipe_kwargs, index, 0 if single else len(results), randomness)
                 derived = self._track(Tracked(names, self.leaf(result), result, how, isometric))
                 replacements[id(result)] = derived.sentinel
+        if single:
+            return replacements.get(id(out), out)
         return pytree.tree_map(lambda leaf: replacements.get(id(leaf), leaf), out)
 
     def _derive_in_place(self, func: Callable, args: Any, kwargs: Any, tracked: list[Tracked]) -> Any:
@@ -414,14 +457,9 @@ class Interpreter(TorchFunctionMode):
                     t.names,
                 )
 
-    # -- tensors of unknown origin
-
-    def _foreign(self, tensors: list[Tensor]) -> bool:
-        """Whether a tensor has a graph that the interpreter did not see grow (a user's own autograd.Function)."""
-        return any(t.requires_grad and samples_of(t) is None and self.find(t) is None for t in tensors)
-
-    def _doubt_foreign(self, tensors: list[Tensor], out: Any) -> None:
-        if self.samples > 1 and torch.is_grad_enabled() and self._foreign(tensors):
+    def _doubt(self, out: Any) -> None:
+        """What a foreign tensor enters is nobody's for certain."""
+        if self.samples > 1 and torch.is_grad_enabled():
             for result in tensors_in([out]):
                 if not isinstance(samples_of(result), Lost):
                     set_samples(result, Lost("a tensor that came from outside of torch's own functions", mixed=False))
@@ -457,9 +495,8 @@ class Interpreter(TorchFunctionMode):
         self.random = True
 
     def _watched(self, name: str, func: Callable, args: Any, kwargs: Any) -> Any:
-        """Run an operation that is not known to draw random numbers, where drawing them matters."""
-        matters = self.randomness == "error" or (self.randomness == "same" and self.samples > 1)
-        if not matters or name in MAY_DRAW or torch.compiler.is_compiling():
+        """Run an operation; one that is not known to draw random numbers must not."""
+        if name in MAY_DRAW or torch.compiler.is_compiling():
             return func(*args, **kwargs)
         before = RandomState.of(self.device)
         out = func(*args, **kwargs)

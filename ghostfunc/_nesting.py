@@ -56,10 +56,12 @@ def unrecorded() -> AbstractContextManager:
     return torch.no_grad() if functorch_level() is None else nullcontext()
 
 
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def saved_tensors_are_hooked() -> bool:
     """Whether what autograd saves goes through hooks: checkpointing, offloading, or a torch that does not tell."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # pyright: ignore[reportAttributeAccessIssue]
-    return top is None or top(False) is not None
+    return _top_hooks is None or _top_hooks(False) is not None
 
 
 _OUTSIDE = (
@@ -99,7 +101,9 @@ def with_values(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @wraps(function)
     def computing(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext():
+        if not torch._C._len_torch_dispatch_stack():
+            return function(*args, **kwargs)
+        with _disable_current_modes():
             return function(*args, **kwargs)
 
     return computing

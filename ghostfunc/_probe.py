@@ -29,7 +29,6 @@ def probe(
     losses: Tensor,
     weights: Tensor,
     sites: list[Site],
-    cotangents: dict[Site, dict[str, Tensor | None]],
     doubt: str,
 ) -> dict[Site, Partition]:
     """The sample of each row, digit by digit of its number: one backward pass for each digit.
@@ -38,8 +37,7 @@ def probe(
         mode: the interpreter of the forward.
         losses: `[S]`, with their graph.
         weights: `[S]`, of the pass that was made.
-        sites: the uses of parameters.
-        cotangents: what that pass gave; "g" is a grad-output.
+        sites: the uses of parameters, with what that pass left in `values`, where it stays; "g" is a grad-output.
         doubt: why samples have to be probed, for messages.
 
     Returns:
@@ -49,17 +47,15 @@ def probe(
         InteractingSamples: if samples meet in a row.
     """
     samples, precision = len(losses), mode.precision
-    firsts = {site: g for site in sites if (g := cotangents[site].get("g")) is not None}
-    taps = [site.taps["g"] for site in firsts]
+    firsts = {site: g for site in sites if (g := site.values.get("g")) is not None}
     of_row = {site: torch.zeros((), dtype=torch.long, device=losses.device) for site in firsts}
     base = _FLOAT16_BASE if precision == torch.float16 else _BASE
     vary = True if losses.device.type != "cpu" else None  # known once an exact comparison fails
     digit = 1
     while firsts and digit < samples:
         number = torch.arange(samples, device=losses.device) // digit % base
-        again = mode.gradients(losses, taps, weights * (2.0**number).to(weights), keep=True)
+        again = _grad_outputs(mode, losses, weights * (2.0**number).to(weights), firsts)
         for (site, first), second in zip(firsts.items(), again, strict=True):
-            assert second is not None
             if first.dim() == 0:
                 raise InteractingSamples(interaction(f"`{site.op}` of {site.label} gives one number for all samples"))
             power, whole = _powers(first, second, base, precision, sums_vary=vary or False)
@@ -86,7 +82,15 @@ def probe(
                 )
             rows = followed
         found[site] = RowMap(rows, samples)
+        site.values = {"g": first}
     return found
+
+
+def _grad_outputs(mode: Interpreter, losses: Tensor, weights: Tensor, firsts: dict[Site, Tensor]) -> list[Tensor]:
+    """The grad-outputs of a pass with other weights."""
+    taps = {id(site.tap): site.tap for site in firsts if site.tap is not None}
+    mode.gradients(losses, list(taps.values()), weights, keep=True)
+    return [site.values["g"] for site in firsts]
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -104,10 +108,9 @@ def _noise(rows: Tensor, precision: torch.dtype, sums_vary: bool) -> Tensor:
 
 def _sums_vary(mode: Interpreter, losses: Tensor, weights: Tensor, firsts: dict[Site, Tensor]) -> bool:
     """Whether equal passes differ: atomic additions, of threads or of an accelerator, come in any order."""
-    taps = [site.taps["g"] for site in firsts]
     for _ in range(_REPETITIONS):
-        again = mode.gradients(losses, taps, weights, keep=True)
-        if any(not torch.equal(g, first) for g, first in zip(again, firsts.values(), strict=True) if g is not None):
+        again = _grad_outputs(mode, losses, weights, firsts)
+        if any(not torch.equal(g, first) for g, first in zip(again, firsts.values(), strict=True)):
             return True
     return False
 

@@ -9,7 +9,6 @@ sample's loss alone is compared.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,20 +16,19 @@ from torch import Tensor
 
 from ghostfunc._axis_algebra import Op, agree, aligned, argument, ints, mixed, unknown
 from ghostfunc._nesting import readable
-from ghostfunc._operations import is_in_place
+from ghostfunc._operations import Operation
 from ghostfunc._sample_axis import Lost, SampleAxis, Samples, samples_of, scattered, set_samples
 
 _ENUMERATES = "_ghost_enumerates"  # marks the result of arange(n)
 _SAME_ORDER = frozenset("getitem view reshape unsqueeze squeeze flatten to long contiguous clone".split())
 
 
-def mark_enumeration(func: Callable, name: str, args: Sequence[Any], out: Any) -> None:
+def mark_enumeration(operation: Operation, args: Sequence[Any], out: Any) -> None:
     """Remember that a tensor holds arange(n), which a compiler's tensors do not tell by their values."""
-    if args and (is_in_place(func) or name == "setitem") and hasattr(args[0], _ENUMERATES):
+    name, in_place = operation
+    if args and (in_place or name == "setitem") and hasattr(args[0], _ENUMERATES):
         delattr(args[0], _ENUMERATES)
-    elif isinstance(out, Tensor) and (
-        len(ints(args)) == 1 if name == "arange" else name in _SAME_ORDER and _same_numbers(name, args, out)
-    ):
+    elif (name in _SAME_ORDER and _same_numbers(name, args, out)) or (name == "arange" and len(ints(args)) == 1):
         setattr(out, _ENUMERATES, True)
 
 
@@ -156,7 +154,7 @@ def _getitem(op: Op) -> Samples:
         elif isinstance(item, slice):
             if here:
                 whole = item.indices(tensor.shape[source]) == (0, tensor.shape[source], 1)
-                moved = replace(axis, dim=target)  # type: ignore[type-var]
+                moved = axis.at(target)  # type: ignore[type-var]
                 found.append(moved if whole else scattered(target, moved.samples, moved.of_index()[item]))
             target += 1
         elif here:
@@ -166,7 +164,7 @@ def _getitem(op: Op) -> Samples:
         samples = samples_of(items[k])
         if isinstance(samples, SampleAxis):
             assert start is not None
-            samples = replace(samples, dim=start + len(shape) - items[k].dim() + samples.dim)
+            samples = samples.at(start + len(shape) - items[k].dim() + samples.dim)
         if not isinstance(samples, Lost):  # an index is data without a gradient: its doubts were noted
             found.append(samples)
         elif not isinstance(axis, SampleAxis):
@@ -216,7 +214,7 @@ def _first_write(name: str, target: Tensor, items: list[Any], value: Any, given:
     dim = places[at] if at >= 0 else None
     if dim is None or target.shape[dim] != given.size:
         return unknown(name)
-    return replace(given, dim=dim)
+    return given.at(dim)
 
 
 def _put(name: str, axis: SampleAxis | None, dim: int, size: int, index: Tensor, source: SampleAxis) -> Samples:
@@ -257,7 +255,7 @@ def _index_add(op: Op) -> Samples:
         return axis if rows is None else rows
     if (isinstance(axis, SampleAxis) and axis.dim != dim) or not readable(index):
         return unknown(op.name)
-    return _put(op.name, axis, dim, target.shape[dim], index, replace(rows, dim=dim))  # type: ignore[arg-type]
+    return _put(op.name, axis, dim, target.shape[dim], index, rows.at(dim))  # type: ignore[arg-type]
 
 
 def _along_index(op: Op) -> Samples:

@@ -13,19 +13,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ghostfunc._axis_algebra import unknown
 from ghostfunc._interpreter import Interpreter
 from ghostfunc._lift import lift
-from ghostfunc._operations import is_in_place, op_name
+from ghostfunc._operations import is_in_place, op_name, tensors_in, with_leaves
 from ghostfunc._sample_axis import SampleAxis, samples_of
 from ghostfunc._tap import NO_RULE, Rule
 
 
 def pointwise(mode: Interpreter, func: Callable, *args: Any, **kwargs: Any) -> Any:
     """An operation whose result has, at every entry, what its operands have there."""
-    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    tensors = tensors_in((*args, *kwargs.values()))
     if len(tensors) < 2 or (is_in_place(func) and mode.find(args[0]) is not None):
         return NO_RULE
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
@@ -39,7 +38,7 @@ def pointwise(mode: Interpreter, func: Callable, *args: Any, **kwargs: Any) -> A
             wide = wide.to_complex()
         return lift(mode, op_name(func), leaf, shape, wide)
 
-    args, kwargs = pytree.tree_map(lifted, (args, kwargs))
+    args, kwargs = with_leaves(lifted, args, kwargs)
     return func(*args, **kwargs)
 
 

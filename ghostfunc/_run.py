@@ -8,7 +8,7 @@ The plan (which sites are fused) is made between the two, when every use of ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -53,7 +53,7 @@ class Want:
         has_aux: whether `model_fn` returns `(losses, aux)`.
         lenient: whether a use without a rule is paid for with a backward pass for each sample.
         batches: names and sizes of the batches that the samples come from, for messages.
-        more_taps: taps for fused contractions of a site.
+        more_taps: names of the contractions that may be fused with a site.
         narrow: a matrix that a site's activation is multiplied with in the forward, for the backward to keep that
             alone; called with the site and the side of the stored weight that the activation meets.
         plan: gives each site its treatment, once all are known.
@@ -71,7 +71,7 @@ class Want:
     has_aux: bool = False
     lenient: bool = False
     batches: tuple[tuple[str, int], ...] = ()
-    more_taps: Callable[[Site], dict[str, Tensor]] = lambda site: {}
+    more_taps: Callable[[Site], Collection[str]] = lambda site: ()
     narrow: Callable[[Site, str], Tensor | None] = lambda site, side: None
     plan: Callable[[list[Site]], None] = lambda sites: None
 
@@ -158,7 +158,7 @@ class Run:
         return value, derived, pullback
 
     def _derived(self, tracked: Tracked, name: str) -> tuple[Tensor, Tensor]:
-        values = {key: leaf.detach() for key, leaf in self.leaves.items()}
+        values = {key: self.leaves[key].detach() for key in tracked.names}
         leaf = values[name].requires_grad_()
         return leaf, tracked.replay(values)
 
@@ -384,6 +384,8 @@ def _out(tensor: Tensor, level: int | None) -> Tensor:
 
 
 def _factor_out(factor: Factor, level: int | None) -> Factor:
+    if level is None and not any(isinstance(v, Tensor) and v.requires_grad for v in vars(factor).values()):
+        return factor
     given = [f.name for f in fields(factor) if f.init]
     tensors = {name: v for name in given if isinstance(v := getattr(factor, name), Tensor)}
     return replace(factor, **{name: _out(value, level) for name, value in tensors.items()})
@@ -392,9 +394,10 @@ def _factor_out(factor: Factor, level: int | None) -> Factor:
 def _backward(mode: Interpreter, losses: Tensor, want: Want, doubt: str, level: int | None) -> Run:
     from_factors = bool(doubt) or level is not None  # the gradient is summed after the backward, not inside it
     sites = [site for site in mode.sites if site.treatment != "off"]
-    taps = [(site, name) for site in sites if site.treatment != "grad" for name in site.taps]
+    asked = [site for site in sites if site.treatment != "grad"]
+    taps = list({id(site.tap): site.tap for site in asked if site.tap is not None}.values())  # one for each operation
     leaves = mode.leaves
-    inputs = [site.taps[name] for site, name in taps]
+    inputs = list(taps)
     inputs += list(leaves.values()) if want.grads and not from_factors else []
     watched = mode.tracked
     inputs += [t.sentinel for t in watched]
@@ -407,9 +410,11 @@ def _backward(mode: Interpreter, losses: Tensor, want: Want, doubt: str, level: 
     if losses.requires_grad:
         values = list(mode.gradients(losses, inputs, weights, keep=keep))
 
-    cotangents: dict[Site, dict[str, Tensor | None]] = {site: {} for site in sites}
-    for (site, name), value in zip(taps, values, strict=False):
-        cotangents[site][name] = value
+    if mode.nested:
+        of_tap = {id(tap): value for tap, value in zip(taps, values, strict=False)}
+        for site in asked:
+            value = of_tap[id(site.tap)]
+            site.values = {} if value is None else {"g": value}
     uncounted = [t for t, value in zip(watched, values[len(values) - len(watched) :], strict=True) if value is not None]
     if uncounted and (want.segments is not None or not (want.lenient or mode.nested)):
         _refuse(uncounted)
@@ -417,17 +422,14 @@ def _backward(mode: Interpreter, losses: Tensor, want: Want, doubt: str, level: 
     result = Run(_out(losses, level), None, {}, mode.tracked, {}, {}, leaves)
     partitions: dict[Site, Partition] = {}
     if doubt:
-        partitions = probe(mode, losses, weights, sites, cotangents, doubt)
+        partitions = probe(mode, losses, weights, sites, doubt)
     for site in sites:
-        of_site = cotangents[site]
         if site.treatment == "fused":
-            fused = {name: value for name, value in of_site.items() if value is not None}
-            if fused:
-                result.fused[site] = fused
+            if site.values:
+                result.fused[site] = site.values
         elif site.treatment in ("factor", "raw"):
-            used = any(value is not None for value in of_site.values())
-            samples = partitions.get(site) if doubt or not used else site.partition()
-            factor = None if samples is None else site.factor(of_site, samples)
+            samples = partitions.get(site) if doubt or not site.values else site.partition()
+            factor = None if samples is None else site.factor(samples)
             if factor is not None:
                 result.factors[site] = factor
 
@@ -454,7 +456,8 @@ def _backward(mode: Interpreter, losses: Tensor, want: Want, doubt: str, level: 
         result.factors = {s: f for s, f in result.factors.items() if any(n in want.factors for n in s.tracked.names)}
     result.factors = {site: _factor_out(factor, level) for site, factor in result.factors.items()}
     for site in mode.sites:  # nothing that they know waits for the garbage collector
-        site.make = site.contract = site.ids = None
+        site.make = site.contract = site.ids = site.tap = None
+        site.values = {}
         site.tracked.sites.clear()
     result.grads = {name: _out(grad, level) for name, grad in result.grads.items()}
     return result

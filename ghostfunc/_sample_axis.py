@@ -66,6 +66,8 @@ class SampleAxis:
     owners: Tensor | None = None
 
     def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
         if not isinstance(other, SampleAxis) or (self.dim, self.samples, self.size) != (
             other.dim,
             other.samples,
@@ -81,6 +83,10 @@ class SampleAxis:
     def size(self) -> int:
         """Length of the dimension."""
         return self.outer * self.samples * self.inner if self.owners is None else len(self.owners)
+
+    def at(self, dim: int) -> SampleAxis:
+        """The same samples along another dimension."""
+        return self if dim == self.dim else SampleAxis(dim, self.samples, self.outer, self.inner, self.owners)
 
     def of_index(self) -> Tensor:
         """The sample of each index of the dimension: `[size]`."""
@@ -119,6 +125,8 @@ class SampleAxis:
 
     def rows(self, tensor: Tensor) -> Tensor:
         """The tensor as `[B, R, d]`: R positions of each sample, d its last dimension."""
+        if self.dim == 0 and self.outer == 1 and self.owners is None and tensor.dim() > 1 and tensor.numel():
+            return tensor.reshape(self.samples, -1, tensor.shape[-1])
         split = self.split(tensor)
         return split.reshape(self.samples, -1, tensor.shape[-1])
 
@@ -148,6 +156,11 @@ class SampleAxis:
                 return torch.stack([self.only(tensor, sample).sum_to_size(shape) for sample in range(self.samples)])
             summed = self.split(tensor).sum(1).unsqueeze(1 + self.dim)  # [B, *tensor's, 1 at the samples' dimension]
             return summed.sum_to_size(self.samples, *(1,) * (tensor.dim() - len(shape)), *shape).view(-1, *shape)
+        broadcast = tensor.dim() - len(shape)  # dimensions that the shape does not have
+        if self.dim == 0 and self.outer == 1 and broadcast > 0 and shape == tensor.shape[broadcast:]:
+            split = tensor if self.inner == 1 else tensor.unflatten(0, (self.samples, self.inner))
+            positions = tuple(range(1, broadcast + (self.inner > 1)))
+            return split.sum(positions) if positions else split
         behind = tensor.dim() - self.dim - 1
         split = self.split(tensor)  # [B, *ahead, *(outer, inner), *behind]
         kept = shape[len(shape) - min(behind, len(shape)) :]  # the part of the shape behind the samples' dimension

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ghostfunc._contract import total
 from ghostfunc._errors import UnsupportedUse
 from ghostfunc._factors import Dense, Factor, Own
-from ghostfunc._operations import op_name, tensors_in
+from ghostfunc._operations import op_name, tensors_in, with_leaves
 from ghostfunc._parts import SELECTIONS, Part, part_of
 from ghostfunc._randomness import RandomState
 from ghostfunc._sample_axis import Lost, Partition, RowMap, SampleAxis, Samples
@@ -83,8 +82,8 @@ class Tracked:
         if self.derivation is None:
             return values[self.names[0]]
         how = self.derivation
-        args, kwargs = pytree.tree_map(
-            lambda leaf: leaf.replay(values) if isinstance(leaf, Tracked) else leaf, (how.args, how.kwargs)
+        args, kwargs = with_leaves(
+            lambda leaf: leaf.replay(values) if isinstance(leaf, Tracked) else leaf, how.args, how.kwargs
         )
         out = how.again(args, kwargs)
         return out if how.out_of == 0 else tensors_in([out])[how.index]
@@ -130,7 +129,10 @@ class Site:
         op: the operation's name.
         kind: "outer", "gather" or "dense".
         axis: where the samples are in the operation's result, known once it has run.
-        taps: zero inputs of the operation; what the backward returns as their cotangents are the results.
+        tap: an input of the operation that it never reads: a backward that is asked for its cotangent reaches the
+            operation, and there leaves what the treatment asks for in `values`.
+        taps: names of the contractions that may be asked of the site, beside its factor.
+        values: what the last backward has left, by name.
         treatment: "factor": the factor comes out; "fused": its contraction does; "raw": the grad-output does, for a
             probe; "grad": only the parameter's gradient is wanted; "off": nothing is.
         wants_grad: whether the gradient of the parameter is computed.
@@ -154,7 +156,9 @@ class Site:
     kind: str
     train: int = 0
     axis: SampleAxis | Lost | None = None
-    taps: dict[str, Tensor] = field(default_factory=dict)
+    tap: Tensor | None = None
+    taps: Collection[str] = ()
+    values: dict[str, Tensor] = field(default_factory=dict)
     treatment: str = "factor"
     wants_grad: bool = True
     contract: Callable[[Factor], tuple[Tensor | None, dict[str, Tensor]]] | None = None
@@ -206,10 +210,8 @@ class Site:
             )
         return samples
 
-    def resolve(
-        self, grad: Tensor, make: MakeFactor, plain: Callable[[], Tensor] | None = None
-    ) -> tuple[Tensor | None, ...]:
-        """What the operation's backward returns for the parameter and for the taps.
+    def resolve(self, grad: Tensor, make: MakeFactor, plain: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """What the operation's backward leaves in `values` and returns for the parameter.
 
         Args:
             grad: the cotangent of the operation's result.
@@ -217,13 +219,12 @@ class Site:
             plain: the parameter's gradient over all samples, where there is a shorter way than through the factor.
 
         Returns:
-            The parameter's cotangent, then one for each tap, in the taps' order.
+            The parameter's cotangent.
         """
         gradient: Tensor | None = None
-        values: dict[str, Tensor] = {}
         if self.treatment == "raw":
             self.make = make
-            values["g"] = grad
+            self.values = {"g": grad}
         elif (
             self.treatment == "grad"
             and plain is not None
@@ -235,17 +236,17 @@ class Site:
             factor = make(self.cast(grad), self.partition())
             if self.treatment == "fused":
                 assert self.contract is not None
-                gradient, values = self.contract(factor)
+                gradient, self.values = self.contract(factor)
             elif self.treatment == "factor":
-                values = self._cotangents(factor, grad, make)
+                self.values = self._kept(factor, grad, make)
             if self.wants_grad:
                 coarse = torch.finfo(self.dtype).eps > torch.finfo(grad.dtype).eps  # a dtype for the dots alone
                 if coarse or gradient is None:
                     exact = make(grad, self.partition()) if coarse else factor
                     gradient = total(exact.part(0, self.train), self.tracked.real.shape)
-        return gradient, *(values.get(name) for name in self.taps)
+        return gradient
 
-    def _cotangents(self, factor: Factor, grad: Tensor, make: MakeFactor) -> dict[str, Tensor]:
+    def _kept(self, factor: Factor, grad: Tensor, make: MakeFactor) -> dict[str, Tensor]:
         if isinstance(factor, Dense):
             return {"grad": factor.grad}
         if isinstance(factor, Own):
@@ -254,9 +255,9 @@ class Site:
         self.make = make
         return {"g": grad}
 
-    def factor(self, cotangents: Mapping[str, Tensor | None], samples: Partition) -> Factor | None:
-        """The factor out of the taps' cotangents; None where the losses do not depend on this use."""
-        dense, own, grad = (cotangents.get(name) for name in ("grad", "own", "g"))
+    def factor(self, samples: Partition) -> Factor | None:
+        """The factor out of what the backward has left; None where the losses do not depend on this use."""
+        dense, own, grad = (self.values.get(name) for name in ("grad", "own", "g"))
         if dense is not None:
             return Dense(dense)
         if own is not None:
@@ -268,5 +269,6 @@ class Site:
 
 
 def zero_tap(like: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
-    """A zero that an operation takes and does not use: its cotangent carries a result out of the backward."""
-    return torch.zeros((), dtype=dtype, device=like.device).expand(shape).detach().requires_grad_()
+    """A tensor that an operation takes and never reads: its cotangent carries a result out of the backward."""
+    strides = (0,) * len(shape)
+    return torch.empty_strided(tuple(shape), strides, dtype=dtype, device=like.device, requires_grad=True)

@@ -2,7 +2,7 @@
 
 A rule runs its operation on the parameters' values, which carry no gradient of their own, and puts `Tap` behind the
 result: the identity, whose backward receives the grad-output g, makes the factor out of g and the saved activations,
-and returns what the site's treatment asks for, as the cotangents of the parameter and of zero inputs, the taps.
+returns the cotangent of the parameter and leaves what the site's treatment asks for with the site.
 
 Inside a functorch transform (an ensemble by `vmap`, `grad` or `jvp` of a result) no `autograd.Function` is needed: a
 zero tap is added to the result, its cotangent is g, and the factor is made after the backward, by operations that the
@@ -53,7 +53,7 @@ class Tap(Function):
     """The identity on an operation's result; its backward makes the factors of the tensors that the operation used."""
 
     @staticmethod
-    def forward(ctx, out, uses, sites, saved, *differentiated):
+    def forward(ctx, out, tap, uses, sites, saved, *used):
         ctx.uses, ctx.sites = uses, sites
         ctx.save_for_backward(*saved)
         return out.detach()  # its own tensor to autograd, so that the model may write to it
@@ -61,15 +61,16 @@ class Tap(Function):
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = ctx.saved_tensors  # where activations are checkpointed, the interpreter sees them computed again
-        values: list[Tensor | None] = []
+        gradients: list[Tensor | None] = []
         with torch._C.DisableTorchFunction():  # and nothing of what follows
             for use, site in zip(ctx.uses, ctx.sites, strict=True):
-                values += site.resolve(
+                gradient = site.resolve(
                     grad,
                     lambda g, samples, use=use: use.factor(g, samples, *saved),
                     None if use.plain is None else lambda use=use: use.plain(grad, *saved),
                 )
-        return grad, None, None, None, *values
+                gradients.append(gradient)
+        return grad, None, None, None, None, *gradients
 
 
 def as_autocast(x: Tensor) -> Tensor:
@@ -92,22 +93,21 @@ def tapped(mode: Interpreter, op: str, out: Tensor, saved: tuple[Tensor, ...], *
     Returns:
         The result, as `model_fn` is to see it.
     """
-    uses = tuple(use for use in uses if use.tracked is not None)
+    uses = tuple([use for use in uses if use.tracked is not None])
     if not uses:
         return out
-    sites: list[Site] = []
-    for use in uses:
-        assert use.tracked is not None
-        site = mode.site(use.tracked, op, use.kind, out)
+    sites = mode.sites_of(op, [(use.tracked, use.kind) for use in uses if use.tracked is not None], out)
+    for use, site in zip(uses, sites, strict=True):
         site.ids, site.fallback = use.ids, use.fallback
-        sites.append(site)
     if not mode.nested:
         saved = _narrowed(mode, saved, uses, sites)
-        differentiated = [t for site in sites for t in (site.tracked.real, *site.taps.values())]
-        return Tap.apply(out, uses, sites, saved, *differentiated)  # type: ignore[return-value]
+        tap = torch.empty(0, device=out.device, requires_grad=True)
+        for site in sites:
+            site.tap = tap
+        return Tap.apply(out, tap, uses, sites, saved, *(site.tracked.real for site in sites))  # type: ignore[return-value]
     tap = mode.leaf(out.new_zeros(out.shape))
     for use, site in zip(uses, sites, strict=True):
-        site.taps = {"g": tap}
+        site.tap = tap
         site.make = lambda g, samples, use=use: use.factor(g, samples, *saved)
     return out + tap
 
