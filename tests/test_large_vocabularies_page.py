@@ -25,7 +25,7 @@ def test_the_figures_are_the_results(monkeypatch):
     """No number on the page was typed: without results there is none."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.delitem(sys.modules, "chunked_loss", raising=False)
-    import chunked_loss
+    import chunked_loss  # pyright: ignore[reportMissingImports]
 
     if chunked_loss.RESULTS.exists():
         assert chunked_loss.page(PAGE) == PAGE
