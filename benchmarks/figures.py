@@ -43,14 +43,23 @@ def times(results: Results, sweep: str, model: str, above: str, below: str) -> l
     return found
 
 
-def counts(results: Results, sweep: str, model: str, method: str, key: str, below: str = "") -> Points:
-    """Peaks or FLOPs over the sweep, or their ratios."""
+def flops(results: Results, sweep: str, model: str, above: str, below: str) -> Points:
+    """Ratios of FLOPs over the sweep."""
     found = []
     for case in of_model(sweep, model):
         rows = rows_of(results, "counts", f"sweep-{sweep}", case)
-        if not why_missing(rows, {method: 1} | ({below: 1} if below else {}), key):
-            value = single(rows, {method: 1}, {below: 1}, key) if below else rows[method][key]
-            found.append((SWEEPS[sweep][1](case), value))
+        if not why_missing(rows, {above: 1, below: 1}, "flops"):
+            found.append((SWEEPS[sweep][1](case), single(rows, {above: 1}, {below: 1}, "flops")))
+    return found
+
+
+def peaks(results: Results, model: str, method: str) -> Points:
+    """Over the batch, in MiB."""
+    found = []
+    for case in of_model("batch", model):
+        rows = rows_of(results, "peaks", "sweep-batch", case)
+        if not why_missing(rows, {method: 1}, "peak_bytes"):
+            found.append((case.n, rows[method]["peak_bytes"] / 2**20))
     return found
 
 
@@ -74,7 +83,7 @@ def overhead(results: Results) -> Figure:
                 axes.plot(xs, [s.median for s in spreads], "o-", color=color, label=name, markersize=4)
                 axes.fill_between(xs, [s.low for s in spreads], [s.high for s in spreads], color=color, alpha=0.15)
                 seen += xs
-            if counted := counts(results, sweep, model, "dots", "flops", "both"):
+            if counted := flops(results, sweep, model, "dots", "both"):
                 xs, ratios = zip(*counted, strict=True)
                 axes.plot(xs, ratios, ":", color=color, label=f"{name}, FLOPs")
                 seen += xs
@@ -92,9 +101,9 @@ def memory(results: Results) -> Figure:
     for axes, (model, (name, _)) in zip(figure.subplots(1, len(MODELS)), MODELS.items(), strict=True):
         seen = []
         for method, (label, color, style) in MEMORY.items():
-            if counted := counts(results, "batch", model, method, "peak_bytes"):
-                xs, peaks = zip(*counted, strict=True)
-                axes.plot(xs, [p / 2**20 for p in peaks], style, marker="o", color=color, label=label, markersize=4)
+            if measured := peaks(results, model, method):
+                xs, mebibytes = zip(*measured, strict=True)
+                axes.plot(xs, mebibytes, style, marker="o", color=color, label=label, markersize=4)
                 seen += xs
         on_powers(axes, seen, "train samples B")
         axes.set_yscale("log")
@@ -111,7 +120,8 @@ def planner(found: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     names = [*ORDERS, *sorted({name for plan in plans.values() for row in plan for name in row} - {*ORDERS})]
     colors = [ORDERS.get(name, "#6c757d") for name in names]
-    for axes, (label, plan) in zip(figure.subplots(1, len(plans), sharey=True), plans.items(), strict=True):
+    (row,) = figure.subplots(1, len(plans), sharey=True, squeeze=False)
+    for axes, (label, plan) in zip(row, plans.items(), strict=True):
         cells = [[names.index(name) for name in row] for row in plan]
         axes.pcolormesh(cells, cmap=ListedColormap(colors), vmin=-0.5, vmax=len(names) - 0.5, edgecolors="white")
         axes.set_xticks([i + 0.5 for i in range(len(found["lengths"]))], found["lengths"], fontsize=7)
@@ -125,15 +135,18 @@ def planner(found: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def draw(results: Results, folder: Path) -> list[str]:
-    """Write the figures that the results are enough for; their names."""
+def drawn(results: Results) -> dict[str, Figure]:
+    """The figures that the results are enough for, by file name."""
     made = {}
-    if any(part.startswith("sweep") for kind in ("times", "counts") for part in results.get(kind, {})):
+    if any(part.startswith("sweep") for part in results.get("peaks", {})):
         made["bench_overhead.png"] = overhead(results)
-    if "sweep-batch" in results.get("counts", {}):
+    if "sweep-batch" in results.get("peaks", {}):
         made["bench_memory.png"] = memory(results)
     if "planner" in results:
         made["bench_planner.png"] = planner(results["planner"])
+    return made
+
+
+def save(made: Mapping[str, Figure], folder: Path) -> None:
     for name, figure in made.items():
         figure.savefig(folder / name, dpi=110, metadata={"Software": None})
-    return list(made)

@@ -68,7 +68,7 @@ PARTS = {
 LIMITED, LIMITED_METHODS, ALLOWED_BYTES = gpt2_small(32, 1, 64), ("dots", "vmap"), 6 * 2**30
 SHORT = {
     "claims-dots": Part(3, DOTS[:1]),
-    "claims-quantities": Part(3, ((replace(GPT2_SMALL, n=2, positions=128), QUANTITIES),)),
+    "claims-quantities": Part(3, ((GPT2_SMALL, QUANTITIES),)),
     "compare": Part(3, tuple((case, COMPARED[:6]) for case in (MLP, CONVNET, NANO))),
 }
 SHORT_LIMITED = "memory-limit", "planner"

@@ -32,11 +32,11 @@ def with_block(text: str, results: Any) -> str:
     Raises:
         ValueError: if it lacks the marks.
     """
-    before, begin, rest = text.partition(f"{BEGIN}\n")
-    _, end, after = rest.partition(f"\n{END}")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"README.md: expected a line {BEGIN} and, below it, a line {END}.")
-    return f"{before}{begin}{block(results)}{end}{after}"
+    return f"{before}{begin}\n{block(results)}\n{end}{after}"
 
 
 def main() -> None:

@@ -3,15 +3,15 @@
     python benchmarks/run.py                            # all: benchmarks/results/run.json, then docs/benchmarks.md
     python benchmarks/run.py --only claims-dots         # one part; the others keep their results
     python benchmarks/run.py --sweep batch --rounds 9   # the same as --only sweep-batch
-    python benchmarks/run.py --counts                   # FLOPs and peaks alone, which a busy machine does not change
-    python benchmarks/run.py --times                    # times alone
+    python benchmarks/run.py --times                    # times and peaks alone, without FLOPs and errors of the dots
+    python benchmarks/run.py --counts                   # these and peaks alone, which a busy machine does not change
     python benchmarks/run.py --short                    # some minutes: build/bench.json, and nothing of the page
     python benchmarks/run.py --page                     # docs/benchmarks.md and its figures again, from the results
 
 Every method has a process of its own (`run_worker.py`) and takes its turn in each round, the order rotated from round
-to round; a figure is the median over the rounds of a ratio of times of the same round. A peak is by how many bytes the
-first step of a case raises the high-water mark of resident memory. FLOPs are those of `torch.utils.flop_counter`, with
-attention as plain products. Each case is written as soon as it is measured.
+to round; a figure is the median over the rounds of a ratio of times of the same round. A peak is by how many bytes a
+step raises the high-water mark of resident memory above what the process held before it. FLOPs are those of
+`torch.utils.flop_counter`, with attention as plain products. Each case is written as soon as it is measured.
 
 Peers need `--peers-venv`, a folder outside of the repository that `peers.py` fills (Opacus alone needs none): what
 fails in a peer is its result.
@@ -34,7 +34,7 @@ import planner_map
 from methods import METHODS
 from parts import ALLOWED_BYTES, LIMITED, LIMITED_METHODS, PARTS, SHORT, SHORT_LIMITED, Part
 from peers import REQUIREMENTS, installed, make_venv
-from tables import claims_table, load
+from tables import claims_table, load, outcome
 from workers import Worker
 from workloads import Case
 
@@ -111,12 +111,12 @@ def _is_here(peer: str) -> bool:
 
 
 def measure(case: Case, methods: Sequence[str], rounds: int, workers: Workers, what: Sequence[str]) -> dict[str, Any]:
-    """A case: `{"counts": {method: ...}, "times": {method: ...}}`, of these what is asked for.
+    """A case: `{kind: {method: ...}}`, the kinds "peaks" and, of "counts" and "times", what is asked for.
 
-    A method that fails has `{"raised": ...}` in both.
+    A method that fails has `{"raised": ...}` in each.
     """
     first = {method: workers.ask(method, do="prepare", case=asdict(case)) for method in methods}
-    found: dict[str, Any] = {}
+    found = {"peaks": {method: picked(told, "held_bytes", "peak_bytes") for method, told in first.items()}}
     if "counts" in what:
         found["counts"] = counts(case, first, workers)
     if "times" in what:
@@ -125,18 +125,20 @@ def measure(case: Case, methods: Sequence[str], rounds: int, workers: Workers, w
     return found
 
 
+def picked(told: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: told[key] for key in (*keys, "raised") if key in told}
+
+
 def counts(case: Case, first: dict[str, dict[str, Any]], workers: Workers) -> dict[str, Any]:
-    """FLOPs, peaks, and errors of the dots where there are several ways to them."""
-    rows = {}
-    for method, told in first.items():
-        counted = {} if "raised" in told else workers.ask(method, do="flops")
-        rows[method] = told if "raised" in told else {key: told[key] for key in ("held_bytes", "peak_bytes")} | counted
-    if len(with_dots := [method for method, told in first.items() if told.get("numbers")]) > 2:
+    """FLOPs, and beside peers errors of everybody's dots."""
+    rows = {m: told if "raised" in told else workers.ask(m, do="flops") for m, told in first.items()}
+    if any(METHODS[method].peer for method in first):
         told = workers.ask("reference", do="prepare", case=asdict(case))
         if "raised" in told:
             raise RuntimeError(f"the reference of {case.name}: {told['raised']}")
-        for method in with_dots:
-            rows[method]["error"] = error(first[method]["numbers"]["dots"], told["numbers"])
+        for method, own in first.items():
+            if own.get("numbers"):
+                rows[method]["error"] = error(own["numbers"]["dots"], told["numbers"])
     return rows
 
 
@@ -169,12 +171,8 @@ def memory_limit(case: Case, allowed: int, workers: Workers) -> dict[str, Any]:
     """The same step in the same address space, by each method: its peak, or what it raised."""
     told = {m: workers.ask(m, do="prepare", case=asdict(case), bytes=allowed) for m in LIMITED_METHODS}
     workers.drop()
-    kept = ("raised", "peak_bytes", "seconds")
-    return {
-        "case": case.name,
-        "allowed_bytes": allowed,
-        "methods": {method: {key: row[key] for key in kept if key in row} for method, row in told.items()},
-    }
+    methods = {method: picked(row, "peak_bytes", "seconds") for method, row in told.items()}
+    return {"case": case.name, "allowed_bytes": allowed, "methods": methods}
 
 
 def environment(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -220,9 +218,9 @@ def said(row: dict[str, Any]) -> str:
         return row["raised"]
     if "seconds" in row:
         return " ".join(f"{s:.4g}" for s in row["seconds"]) + " s"
-    return f"{row['peak_bytes'] / 2**20:.0f} MiB, {row['flops'] / 1e9:.4g} GFLOP" + (
-        f", error {row['error']:.1e}" if "error" in row else ""
-    )
+    if "peak_bytes" in row:
+        return f"{row['peak_bytes'] / 2**20:.0f} MiB"
+    return f"{row['flops'] / 1e9:.4g} GFLOP" + (f", error {row['error']:.1e}" if "error" in row else "")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -254,8 +252,8 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--sweep", nargs="+", choices=[p.removeprefix("sweep-") for p in PARTS if "sweep" in p])
     parser.add_argument("--rounds", type=int, help="of turns, instead of each part's own number")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--counts", action="store_true", help="FLOPs, peaks and errors alone")
-    parser.add_argument("--times", action="store_true", help="times alone")
+    parser.add_argument("--counts", action="store_true", help="FLOPs, errors and peaks alone")
+    parser.add_argument("--times", action="store_true", help="times and peaks alone")
     parser.add_argument("--peers-venv", type=Path, help="a folder outside of the repository, made if it is not there")
     parser.add_argument("--short", action="store_true", help=f"a few cases; results into {ELSEWHERE.relative_to(ROOT)}")
     parser.add_argument("--tiny", action="store_true", help="every case in miniature: whether it runs, nothing else")
@@ -268,7 +266,8 @@ def main(given: Sequence[str] | None = None) -> None:
         parser.error("--tiny does not measure what the committed results are about: give another --results")
     if not arguments.page:
         run(arguments)
-        print(claims_table(load(arguments.results)))
+        results = load(arguments.results)
+        print(claims_table(results, lambda claim: outcome(claim, results).spread is not None))
     if arguments.results == RESULTS:
         from page import write_page
 

@@ -3,6 +3,7 @@
 import json
 import statistics
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from parts import COMPARED, LIMITED_METHODS, PAPER, PARTS, Claim, claims
 from workloads import Case
 
 Results = Mapping[str, Any]
+KINDS = ("peaks", "counts", "times")
 RIGHT = 1e-4  # relative error of dots in float32: above, a method computes something else
 
 
@@ -55,8 +57,9 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def rows_of(results: Results, kind: str, part: str, case: Case) -> dict[str, Any]:
-    """What each method of a case has; empty where the case was not measured."""
-    return results.get(kind, {}).get(part, {}).get(case.name, {}).get("methods", {})
+    """What each method of a case has; empty where the case was not measured, or another one in its place."""
+    found = results.get(kind, {}).get(part, {}).get(case.name)
+    return found["methods"] if found and found["measured"] == asdict(case) else {}
 
 
 def spread(values: list[float]) -> Spread:
@@ -96,9 +99,9 @@ def outcome(claim: Claim, results: Results) -> Outcome:
     methods = {**claim.above, **claim.below}
     counted = rows_of(results, "counts", claim.part, claim.case)
     flops = None
-    if not why_missing(counted, methods, "flops"):
+    if claim.of == "times" and not why_missing(counted, methods, "flops"):
         flops = single(counted, claim.above, claim.below, "flops")
-    rows = counted if claim.of == "peaks" else rows_of(results, "times", claim.part, claim.case)
+    rows = rows_of(results, claim.of, claim.part, claim.case)
     missing = why_missing(rows, methods, "peak_bytes" if claim.of == "peaks" else "seconds")
     if missing:
         return Outcome(claim, None, flops, missing)
@@ -158,16 +161,15 @@ def compared_table(results: Results) -> str:
     heads = ["model", "batch", "method", "FLOPs / plain", "time / plain", "memory of a step", "error of the dots"]
     lines = []
     for case in compared_cases():
-        counted, timed = (rows_of(results, kind, "compare", case) for kind in ("counts", "times"))
+        peaks, counted, timed = (rows_of(results, kind, "compare", case) for kind in KINDS)
         for method in COMPARED:
-            row = counted.get(method, {})
-            flops = _cell(counted, method, "flops", lambda a, b: f"{a / b:.2f}")
             line = [case.architecture, case.batch, METHODS[method].label]
-            if "raised" in row:
-                lines.append([*line, f"cannot: {row['raised']}", "", "", ""])
+            if raised := peaks.get(method, {}).get("raised"):
+                lines.append([*line, f"cannot: {raised}", "", "", ""])
                 continue
-            memory = mebibytes(row["peak_bytes"]) if row else ""
-            lines.append([*line, flops, _time(timed, method, "plain"), memory, _error(row)])
+            flops = _cell(counted, method, "flops", lambda a, b: f"{a / b:.2f}")
+            error = _error(counted.get(method, {}))
+            lines.append([*line, flops, _time(timed, method, "plain"), _memory(peaks, method), error])
     return markdown(heads, lines)
 
 
@@ -181,6 +183,10 @@ def _time(rows: Mapping[str, Any], method: str, beside: str) -> str:
     return f"{spread(of_rounds(rows, {method: 1}, {beside: 1})).median:.2f}"
 
 
+def _memory(peaks: Mapping[str, Any], method: str) -> str:
+    return mebibytes(peaks[method]["peak_bytes"]) if "peak_bytes" in peaks.get(method, {}) else ""
+
+
 def _error(row: Mapping[str, Any]) -> str:
     if "error" not in row:
         return ""
@@ -192,28 +198,28 @@ def against_others(results: Results) -> str:
     heads = ["model", "batch", "beside", "time of ghostfunc / theirs", "memory / theirs", "faster", "leaner"]
     lines = []
     for case in compared_cases():
-        counted, timed = (rows_of(results, kind, "compare", case) for kind in ("counts", "times"))
+        peaks, counted, timed = (rows_of(results, kind, "compare", case) for kind in KINDS)
         for method in COMPARED[COMPARED.index("dots") + 1 :]:
             line = [case.architecture, case.batch, METHODS[method].label]
-            row = counted.get(method, {})
-            if "raised" in row:
-                lines.append([*line, f"cannot: {row['raised']}", "", "", ""])
-            elif row.get("error", 0) > RIGHT:
-                lines.append([*line, f"other numbers: error {row['error']:.0e}", "", "", ""])
+            error = counted.get(method, {}).get("error", 0)
+            if raised := peaks.get(method, {}).get("raised"):
+                lines.append([*line, f"cannot: {raised}", "", "", ""])
+            elif error > RIGHT:
+                lines.append([*line, f"other numbers: error {error:.0e}", "", "", ""])
             else:
-                lines.append(line + _faster_and_leaner(counted, timed, method))
+                lines.append(line + _faster_and_leaner(peaks, timed, method))
     return markdown(heads, lines)
 
 
-def _faster_and_leaner(counted: Mapping[str, Any], timed: Mapping[str, Any], method: str) -> list[str]:
+def _faster_and_leaner(peaks: Mapping[str, Any], timed: Mapping[str, Any], method: str) -> list[str]:
     pair = {"dots": 1, method: 1}
     time, faster = "not measured", ""
     if not why_missing(timed, pair, "seconds"):
         measured = spread(of_rounds(timed, {"dots": 1}, {method: 1}))
         time, faster = str(measured), "yes" if measured.median < 1 else "**no**"
     memory, leaner = "not measured", ""
-    if not why_missing(counted, pair, "peak_bytes"):
-        ratio = single(counted, {"dots": 1}, {method: 1}, "peak_bytes")
+    if not why_missing(peaks, pair, "peak_bytes"):
+        ratio = single(peaks, {"dots": 1}, {method: 1}, "peak_bytes")
         memory, leaner = f"{ratio:.2f}", "yes" if ratio < 1 else "**no**"
     return [time, memory, faster, leaner]
 
@@ -223,7 +229,7 @@ PAPERS_TABLE = {"plain": "regular", "dots": "first order", "second": "second ord
 
 def paper_table(results: Results) -> str:
     """Table 1 of "Data Shapley in One Training Run", in kind: samples per second."""
-    timed, counted = (rows_of(results, kind, "claims-paper", PAPER) for kind in ("times", "counts"))
+    peaks, counted, timed = (rows_of(results, kind, "claims-paper", PAPER) for kind in KINDS)
     lines = []
     for method, label in PAPERS_TABLE.items():
         if missing := why_missing(timed, {method: 1, "plain": 1}, "seconds"):
@@ -231,9 +237,8 @@ def paper_table(results: Results) -> str:
             continue
         rate = PAPER.n / statistics.median(timed[method]["seconds"])
         ratio = spread(of_rounds(timed, {method: 1}, {"plain": 1}))
-        memory = mebibytes(counted[method]["peak_bytes"]) if "peak_bytes" in counted.get(method, {}) else ""
         flops = _cell(counted, method, "flops", lambda a, b: f"{a / b:.3f}")
-        lines.append([label, f"{rate:.2f}", str(ratio), flops, memory])
+        lines.append([label, f"{rate:.2f}", str(ratio), flops, _memory(peaks, method)])
     return markdown(["", "samples / s", "time / regular", "FLOPs / regular", "memory of a step"], lines)
 
 
@@ -244,14 +249,14 @@ def of_models(results: Results) -> str:
     for method in COMPARED:
         cells = []
         for case in cases:
-            counted, timed = (rows_of(results, kind, "compare", case) for kind in ("counts", "times"))
-            row = counted.get(method, {})
-            if "raised" in row:
+            peaks, counted, timed = (rows_of(results, kind, "compare", case) for kind in KINDS)
+            error = counted.get(method, {}).get("error", 0)
+            if "raised" in peaks.get(method, {}):
                 cells.append("cannot")
-            elif row.get("error", 0) > RIGHT:
-                cells.append(f"other numbers (error {row['error']:.0e})")
+            elif error > RIGHT:
+                cells.append(f"other numbers (error {error:.0e})")
             else:
-                parts = (_time(timed, method, "plain"), mebibytes(row["peak_bytes"]) if row else "")
+                parts = (_time(timed, method, "plain"), _memory(peaks, method))
                 cells.append(", ".join(part for part in parts if part) or "not measured")
         lines.append([METHODS[method].label, *cells])
     return markdown(["", *(f"{case.architecture}; {case.batch}" for case in cases)], lines)
@@ -261,17 +266,19 @@ def of_models(results: Results) -> str:
 
 
 def caption(results: Results) -> str:
-    """The machine and the code that times and counts are of."""
-    return " ".join(_of(results, kind, what) for kind, what in (("times", "Times"), ("counts", "Memory and FLOPs")))
+    """The machine and the code that the results are of."""
+    return "\n".join(
+        f"- {what}: {_of(results, kind)}" for kind, what in zip(KINDS, ("memory", "FLOPs", "times"), strict=True)
+    )
 
 
-def _of(results: Results, kind: str, what: str) -> str:
+def _of(results: Results, kind: str) -> str:
     found = [case["environment"] for part in results.get(kind, {}).values() for case in part.values()]
     if not found:
-        return f"{what}: not measured."
+        return "not measured"
     load = max(e["load_average_before"] for e in found)
     commits = sorted({e["commit"] for e in found if e["commit"]})
     machines = sorted({f"{e['cpu']}, {e['threads']} threads on {e['cores']} cores" for e in found})
     versions = sorted({f"torch {e['torch']}, transformers {e['transformers']}, Python {e['python']}" for e in found})
-    about = "; ".join([*machines, *versions, "float32", f"load average up to {load:.1f}"])
-    return f"{what}: {about}; code at {', '.join(commits)}."
+    code = f"code at {', '.join(commits)}"
+    return "; ".join([*machines, *versions, "float32", f"load average up to {load:.1f} at the start", code])
