@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from ghostfunc._linear_cross_entropy import (
 from ghostfunc._logits import LogitsOuter, Walk
 from ghostfunc._nesting import recorded
 from ghostfunc._sample_axis import Partition, SampleAxis, samples_of
-from ghostfunc._sites import Site
+from ghostfunc._sites import MakeFactor, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +66,7 @@ class _Losses(Function):
     """The losses, as they were computed; the backward contracts the factors and makes the gradient of `hidden`."""
 
     @staticmethod
-    def forward(ctx, losses, lse, targets, weight, bias, options, sites, hidden, *differentiated):
+    def forward(ctx, losses, lse, targets, weight, bias, options, sites, tap, hidden, *used):
         ctx.options, ctx.sites = options, sites
         ctx.save_for_backward(hidden, weight, bias, targets, lse)
         return losses.detach()
@@ -74,8 +75,8 @@ class _Losses(Function):
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = _Saved(*ctx.saved_tensors, *ctx.options)
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            of_hidden, values = _backward(saved, ctx.sites, grad, ctx.needs_input_grad[7])
-        return *(None,) * 7, of_hidden, *values
+            of_hidden, gradients = _backward(saved, ctx.sites, grad, ctx.needs_input_grad[8])
+        return *(None,) * 8, of_hidden, *gradients
 
 
 def _backward(
@@ -98,14 +99,19 @@ def _backward(
         return Dense(walk.of_bias.to(g.dtype))
 
     make = {"weight": of_weight, "bias": of_bias}
-    values: list[Tensor | None] = []
+    gradients: list[Tensor | None] = []
     for name, site in sites.items():
         shape = site.tracked.real.shape
-        values += site.resolve(grad, make[name], lambda name=name, shape=shape: total(make[name](grad, samples), shape))
+        plain = partial(_total, make[name], grad, samples, shape)
+        gradients.append(site.resolve(grad, make[name], plain))
     walk.finish()
     of_hidden = walk.of_hidden
     walk.close()
-    return None if of_hidden is None else saved.back(of_hidden, samples).to(saved.hidden.dtype), values
+    return None if of_hidden is None else saved.back(of_hidden, samples).to(saved.hidden.dtype), gradients
+
+
+def _total(make: MakeFactor, g: Tensor, samples: Partition, shape: torch.Size) -> Tensor:
+    return total(make(g, samples), shape)
 
 
 def _partition(sites: list[Site]) -> Partition:
@@ -138,15 +144,15 @@ def _token_losses(
     shift = None if shift is None else shift.detach()
     rows = rows_at_a_time(x, len(matrix), chunk)
     losses, lse = losses_in_blocks(x, matrix, targets, shift, ignore_index, softcap, rows)
-    sites: dict[str, Site] = {}
-    for name, tensor, kind in (("weight", weight, "outer"), ("bias", bias, "dense")):
-        tracked = mode.find(tensor)
-        if tracked is not None:
-            sites[name] = mode.site(tracked, "linear_cross_entropy", kind, losses)
-            sites[name].width = len(matrix)
-    differentiated = [t for site in sites.values() for t in (site.tracked.real, *site.taps.values())]
-    options = ignore_index, softcap, rows
-    return _Losses.apply(losses, lse, targets, matrix, shift, options, sites, x, *differentiated)
+    kinds = {"weight": (mode.find(weight), "outer"), "bias": (mode.find(bias), "dense")}
+    uses = {name: (tracked, kind) for name, (tracked, kind) in kinds.items() if tracked is not None}
+    found = mode.sites_of("linear_cross_entropy", list(uses.values()), losses)
+    tap = torch.empty(0, device=losses.device, requires_grad=True)
+    for site in found:
+        site.tap, site.width = tap, len(matrix)
+    sites, options = dict(zip(uses, found, strict=True)), (ignore_index, softcap, rows)
+    used = [site.tracked.real for site in found]
+    return _Losses.apply(losses, lse, targets, matrix, shift, options, sites, tap, x, *used)
 
 
 LOGITS = {"token_losses": _token_losses}
