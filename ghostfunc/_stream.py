@@ -49,7 +49,9 @@ def stream(
             tile = per_sample(left[some], right[some], buffer, place if first == 0 else None)
             dots[some] += long_products(tile.flatten(1), to)
             if place is not None:
-                add_up(tile, place, fresh=first == 0)
+                if first and len(tile) > 1:
+                    tile[0] += place  # in the buffer, which is done with, so that the sum needs no other
+                add_up(tile, place, fresh=first == 0 or len(tile) > 1)
         del left, to  # before the next ones are made
     return dots, grad
 
