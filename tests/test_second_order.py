@@ -549,7 +549,7 @@ def test_cost_of_a_narrow_gpt2(positions: int, tied: bool) -> None:
     plain = flops(lambda: plain_step(model_fn, params, train))
     again = 2 * 16 * positions * (2 * 12 * 96**2 + 1000 * 96) / plain
     measured = flops(lambda: gf.in_run_values(model_fn, params, train, val, lr=0.1)) / plain
-    assert 1 + again + 3 / 16 <= measured <= 1.8
+    assert 1 + again + 3 / 16 <= measured <= 1.85
 
 
 @pytest.mark.slow
