@@ -146,6 +146,8 @@ def packed(name: str, result: Any, has_aux: bool) -> Any:
         val_losses = () if result.val_losses is None else result.val_losses  # None cannot leave the node
         fields = (result.losses, val_losses, result.grads, values)
         return fields, dict.fromkeys(result.unused, ()), result.aux if has_aux else ()
+    if name == "val_gradient":
+        return tuple(result), (), ()
     values, aux = result if has_aux else (result, ())
     if name == "value_and_grad_dot":
         return tuple(values), dict.fromkeys(values.unused, ()), aux
@@ -159,7 +161,7 @@ def _packed_clip(value: Any) -> Any:
 
 
 def _unpacked(name: str, result: Any, clips: tuple[str, ...], has_aux: bool) -> Any:
-    from ghostfunc._dots import ValueAndGradDot
+    from ghostfunc._dots import ValGradient, ValueAndGradDot
     from ghostfunc._many import Quantities
 
     values, unused, aux = result
@@ -171,6 +173,8 @@ def _unpacked(name: str, result: Any, clips: tuple[str, ...], has_aux: bool) -> 
         result.losses, result.val_losses, result.grads, result.values = losses, val_losses, grads, found
         result.unused, result.aux = tuple(unused), aux if has_aux else None
         return result
+    if name == "val_gradient":
+        return ValGradient(*values)
     if name == "ghost_clipped_grad":
         values = _clipped(values)
     if name == "value_and_grad_dot":

@@ -174,6 +174,8 @@ def _similar(name: str, arguments: Mapping[str, Any], wanted: Mapping[str, Any])
     if name == "ghost_quantities":
         values = {key: of(quantity) for key, quantity in wanted.items()}
         return (losses, () if val is None else val_losses, zeros, values), {}, ()
+    if name == "val_gradient":
+        return (val_losses, zeros), (), ()
     if name == "ghost_clipped_grad":
         return of(quantities.Clip(arguments["max_norm"])), (), ()
     if name in ARGUMENTS:

@@ -274,6 +274,7 @@ def val_gradient(
     return found if precondition is None else found._replace(direction=precondition(found.direction))
 
 
+@one_node
 def ghost_grad_along(
     model_fn: ModelFn,
     params: Params,
