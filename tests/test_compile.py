@@ -156,12 +156,17 @@ def test_a_training_step_through_inductor(name):
 
 
 @pytest.mark.slow
-def test_the_example_of_the_docs():
+def test_the_examples_of_the_docs():
     page = (Path(__file__).parents[1] / "docs" / "compile.md").read_text()
+    step, training_step = (block.split("```")[0] for block in page.split("```python\n")[1:])
     names: dict[str, Any] = {}
-    exec(page.split("```python\n")[1].split("```")[0], names)
+    exec(step, names)
     expected = gf.value_and_grad_dot(names["model_fn"], names["params"], names["train"], names["val"])
-    assert_same(tuple(names["result"]), tuple(expected), 1e-5)
+    assert_same(names["result"], expected, 1e-5)
+    before = {name: p.clone() for name, p in names["params"].items()}
+    exec(training_step, names)
+    assert_same((names["losses"], names["dots"]), (expected.losses, expected.dots), 1e-5)
+    assert all(not torch.equal(before[name], p) for name, p in names["params"].items())
 
 
 CALLS: dict[str, Callable] = {
