@@ -262,7 +262,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for val, color in zip(results["val"], ("#0072B2", "#D55E00"), strict=True):
         of_val, plural = results["val"][val], "s" if int(val) > 1 else ""
         for what, look in (("bound", "--"), ("error", "-")):
-            values = [of_val["ranks"][str(rank)][what] for rank in RANKS]
+            values = [of_val["ranks"][str(rank)][what] or float("nan") for rank in RANKS]  # 0: all is exact
             left.plot(
                 RANKS, values, look, marker="o", markersize=4, color=color, label=f"{what}, {val} val sample{plural}"
             )
