@@ -33,6 +33,7 @@ class Setting:
         train: units of the train batch, n.
         val: validation samples, m; 0 without any.
         all_val: validation samples of all ranks.
+        divisor: what the train samples' losses are divided by in the run.
     """
 
     params: Mapping[str, Tensor]
@@ -41,6 +42,7 @@ class Setting:
     train: int
     val: int
     all_val: int
+    divisor: int = 1
 
     def zeros(self, *shape: int) -> Tensor:
         """Zeros of the contractions' dtype, where the parameters are."""

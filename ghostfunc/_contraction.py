@@ -156,14 +156,20 @@ def collected(
     grads: bool,
     fuse: bool,
     projection: Any = None,
+    mean: bool = False,
 ) -> tuple[Contraction, Run, Tensor, Tensor | None]:
-    """Run the batches and accumulate: `(contraction, run, losses, val_losses)`. Sums over train samples are plain."""
+    """Run the batches and accumulate: `(contraction, run, losses, val_losses)`.
+
+    The run's gradients are sums over train samples; with `mean` the means, and the quantities' values take the division
+    of the losses out again.
+    """
     with call.together():
         n = batch_size(train, "train" if val is not None else "given")
         m = 0 if val is None else batch_size(val, "val")
     all_m = call.over_ranks(m)
     names = tuple(name for name in call.params if name in call.names)
-    accumulators = start(Setting(call.params, names, call.dtype, units.runs, m, all_m))
+    divisor = call.over_ranks(n) if mean else 1
+    accumulators = start(Setting(call.params, names, call.dtype, units.runs, m, all_m, divisor))
     joint = m > 0 and not cannot_join(train, val) and not call.has_aux and units.segments is None
     joint = joint and call.ranks is None
 
@@ -177,6 +183,8 @@ def collected(
 
     def run_of(products: Contraction, batch: Any, samples: int, **want: Any) -> Run:
         more = {"more_taps": products.more_taps, "plan": products.plan, "segments": units.segments}
+        if mean:
+            more["weights"] = torch.cat([call.weights(n, 1.0 / divisor), call.weights(samples - n, 1.0)])
         return call.run(batch, samples, train=units.runs, grads=grads, factors=call.names, **more, **want)
 
     before = RandomState.of(call.device)

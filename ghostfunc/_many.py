@@ -17,8 +17,9 @@ from ghostfunc._call import Layers, Params, Units, checked
 from ghostfunc._compile import one_node
 from ghostfunc._contraction import Contraction, collected
 from ghostfunc._functionalize import ModelFn
-from ghostfunc._nesting import readable
-from ghostfunc._quantities import Clip, Gram, Norms, Project, Quantity
+from ghostfunc._graph_ops import norms_not_finite
+from ghostfunc._nesting import readable, recorded
+from ghostfunc._quantities import Clip, Gram, Norms, Project, Quantity, Stream
 from ghostfunc._ranks import Group
 from ghostfunc._run import Run
 
@@ -134,8 +135,10 @@ def ghost_quantities(
         return [*started.values(), *squares]
 
     projection = next((quantity.projection for quantity in projections.values()), None)
+    # What is no power of the gradient must see it as it is: its mean is made behind the run.
+    mean = grads and not clips and not projections and not any(isinstance(q, Stream) for q in want.values())
     contraction, result, losses, val_losses = collected(
-        call, train, val, Units(n, n, None), start, grads=grads, fuse=not clips, projection=projection
+        call, train, val, Units(n, n, None), start, grads=grads, fuse=not clips, projection=projection, mean=mean
     )
     values: dict[str, Any] = {}
     for name in want:
@@ -148,8 +151,8 @@ def ghost_quantities(
             values[name].losses = losses
         else:
             values[name] = started[name].value()
-    all_n = call.over_ranks(n)
-    means = {name: grad / all_n for name, grad in result.grads.items()}
+    all_n = 1 if mean else call.over_ranks(n)
+    means = result.grads if all_n == 1 else {name: grad / all_n for name, grad in result.grads.items()}
     aux = pytree.tree_map_only(Tensor, lambda t: t[:n] if t.dim() and len(t) > n else t, result.aux)
     return Quantities(losses, val_losses, means, values, result.unused, aux)
 
@@ -203,13 +206,10 @@ def _clipped(
     for group, members in groups.items():
         square = torch.stack([norms.columns[name] for name in members]).sum(0)
         norm = square.clamp(min=0).sqrt()
-        if readable(norm) and not bool(norm.isfinite().all()):
-            bad = (~norm.isfinite()).nonzero().flatten().tolist()
-            raise ValueError(
-                f"the gradients of samples {bad} are not finite (norms {norm[bad].tolist()}), though their losses are; "
-                "they would spoil the sum. Look at these samples, at the model's dtype and at operations with an "
-                "infinite slope."
-            )
+        if recorded(norm):  # the same check, when the compiled graph runs
+            norm = torch.ops.ghostfunc.finite(norm, norm, [], [])
+        elif readable(norm) and not bool(norm.isfinite().all()):
+            raise ValueError(norms_not_finite(norm))
         limit = next(iter(members.values()))
         weight = torch.where(norm > limit, limit / norm, torch.ones_like(norm))
         found[group] = norm

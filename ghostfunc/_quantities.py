@@ -122,7 +122,7 @@ class Dots(_AlongOne):
         mean = not self.each and self.asked.reduction == "mean"
         columns = self.columns if self.each else {name: c.squeeze(1) for name, c in self.columns.items()}
         has = ("train", "val") if self.each else ("train",)
-        scale = 1.0 / self.setting.all_val if mean else 1
+        scale = self.setting.divisor / self.setting.all_val if mean else self.setting.divisor
         return arrange(columns, self.axes, has=has, scale=scale, layer_of=self.asked.layer_of)
 
 
@@ -159,7 +159,7 @@ class _AlongDirection(_AlongOne):
 
     def value(self) -> Any:
         columns = {name: column.squeeze(1) for name, column in self.columns.items()}
-        return arrange(columns, self.axes, has=("train",), layer_of=self.asked.layer_of)
+        return arrange(columns, self.axes, has=("train",), scale=self.setting.divisor, layer_of=self.asked.layer_of)
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,8 @@ class _Gram(Accumulator):
         self.add(tile.name, long_products(tile.flat, tile.flat))
 
     def value(self) -> Any:
-        return arrange(self.columns, self.axes, has=("train", "other"), layer_of=self.asked.layer_of)
+        scale = self.setting.divisor**2
+        return arrange(self.columns, self.axes, has=("train", "other"), scale=scale, layer_of=self.asked.layer_of)
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,8 @@ class Norms(Accumulator):
         self.add(tile.name, squares(tile.flat), tile.first)
 
     def value(self) -> Any:
-        squares = arrange(self.columns, self.axes, has=self.has, layer_of=self.layer_of)
+        scale = self.setting.divisor**2
+        squares = arrange(self.columns, self.axes, has=self.has, scale=scale, layer_of=self.layer_of)
         return pytree.tree_map(lambda square: square.clamp(min=0).sqrt(), squares)  # pairs may round below 0
 
 

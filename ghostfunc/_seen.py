@@ -32,7 +32,7 @@ class Seen(Outer):
     def of(cls, factor: Outer, ids: Sequence[Tensor]) -> Seen:
         """The factor at the rows of the weight that were looked up."""
         known = torch.cat([t.flatten() for t in ids]).unique()
-        return cls(factor.right, factor.left_at(known), known=known)
+        return cls(factor.right.detach(), factor.left_at(known).detach(), known=known)  # without the graph
 
     def left_at(self, ids: Int[Tensor, "*b k"]) -> Float[Tensor, "b r k"]:
         """What `left` has for these rows of the weight, which are known."""
