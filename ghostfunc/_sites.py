@@ -185,7 +185,7 @@ class Site:
         return self.axis.rows(self.ids.unsqueeze(-1)).squeeze(-1)
 
     def cast(self, grad: Tensor) -> Tensor:
-        """A grad-output in the dtype of contractions."""
+        """A grad-output, or what was made of it, in the dtype of contractions."""
         return grad if self.dtype.is_complex or grad.is_complex() else grad.to(self.dtype)
 
     def partition(self) -> Partition:
@@ -236,7 +236,8 @@ class Site:
             factor = make(self.cast(grad), self.partition())
             if self.treatment == "fused":
                 assert self.contract is not None
-                gradient, self.values = self.contract(factor)
+                gradient, values = self.contract(factor)
+                self.values = {name: self.cast(value) for name, value in values.items()}
             elif self.treatment == "factor":
                 self.values = self._kept(factor, grad, make)
             if self.wants_grad:
@@ -248,10 +249,10 @@ class Site:
 
     def _kept(self, factor: Factor, grad: Tensor, make: MakeFactor) -> dict[str, Tensor]:
         if isinstance(factor, Dense):
-            return {"grad": factor.grad}
+            return {"grad": self.cast(factor.grad)}
         if isinstance(factor, Own):
             self.own_axis = factor.axis
-            return {"own": total(factor, self.tracked.real.shape)}
+            return {"own": self.cast(total(factor, self.tracked.real.shape))}
         self.make = make
         return {"g": grad}
 
