@@ -447,7 +447,9 @@ def test_no_logits_are_allocated(tied):
     train, val = ids(vocabulary, n, positions), ids(vocabulary, m, positions)
     leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
     direction = {name: torch.ones_like(p) for name, p in params.items()}
-    projection = gf.kronecker_projection(model_fn, params, train[:1], rank=16, min_rank=2, include=("head", "embedding"))
+    projection = gf.kronecker_projection(
+        model_fn, params, train[:1], rank=16, min_rank=2, include=("head", "embedding")
+    )
     want = {"dots": gf.Dot(), "norms": gf.Norm(), "clipped": gf.Clip(1.0)}
     calls: dict[str, Callable[[], Any]] = {
         "plain": lambda: torch.autograd.grad(model_fn(leaves, train).mean(), list(leaves.values())),
