@@ -54,9 +54,9 @@ class Contraction:
     fuse: bool = True
     seen: dict[Site, Factor] = field(default_factory=dict, init=False)  # what look-ups need of tied heads
 
-    def more_taps(self, site: Site) -> dict[str, Tensor]:
-        """A tap for the projection."""
-        return {} if self.projected is None or not self.fuse else self.projected.more_taps(site)
+    def more_taps(self, site: Site) -> set[str]:
+        """The projection, where one is wanted."""
+        return set() if self.projected is None or not self.fuse else self.projected.more_taps(site)
 
     def plan(self, sites: list[Site]) -> None:
         """Fuse every linear map whose weight, or part of one, has no other use, or only look-ups before it."""

@@ -18,7 +18,7 @@ from ghostfunc._low_rank import Formed, Rows, approximate, contract_low_rank, lo
 from ghostfunc._planner import Shape, best_order
 from ghostfunc._products import Along, Joint
 from ghostfunc._run import Run
-from ghostfunc._sites import Site, zero_tap
+from ghostfunc._sites import Site
 
 Contracted = tuple[Tensor | None, dict[str, Tensor]]
 
@@ -32,10 +32,6 @@ class LowRankJoint(Joint):
     """
 
     rank: int = field(kw_only=True)
-
-    def more_taps(self, site: Site) -> dict[str, Tensor]:
-        """The taps of `Joint`, and one for the bound."""
-        return _with_bound(super().more_taps(site), site, self.train)
 
     def _contract_rows(self, site: Site, train: Outer, val: Outer) -> Contracted:
         return contract_near(site, train, FromRows(val, each=False), self.rank, self.budget.bytes)
@@ -54,10 +50,6 @@ class LowRankAlong(Along):
     """
 
     rank: int = field(kw_only=True)
-
-    def more_taps(self, site: Site) -> dict[str, Tensor]:
-        """The taps of `Along`, and one for the bound."""
-        return _with_bound(super().more_taps(site), site, self.train)
 
     def _contract_given(self, site: Site, factor: Outer, given: Tensor) -> Contracted:
         return contract_near(site, factor, Given(given.flatten(2).to(site.dtype)), self.rank, self.budget.bytes)
@@ -93,10 +85,6 @@ def _pays(factor: Outer, direction: Directions, rank: int, budget: int | None, *
     shape = Shape(n, positions, p, q, 1, rows, rows == 0, want_grad, itemsize, device)
     order = low_rank_order(shape, rank)
     return (budget is None or order.bytes <= budget) and order.cost < best_order(shape, budget).cost
-
-
-def _with_bound(taps: dict[str, Tensor], site: Site, train: int) -> dict[str, Tensor]:
-    return {**taps, "bound": zero_tap(site.tracked.real, (train, 1), site.dtype)} if taps else taps
 
 
 def _bounds(result: Run, name: str, train: int) -> Tensor:

@@ -21,7 +21,7 @@ from ghostfunc._factors import Factor, Gather, Outer, Own
 from ghostfunc._planner import Budget
 from ghostfunc._run import Run
 from ghostfunc._sample_axis import SampleAxis
-from ghostfunc._sites import Site, zero_tap
+from ghostfunc._sites import Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,17 +50,9 @@ class Joint:
         """The number of columns, k."""
         return self.val if self.each else 1
 
-    def more_taps(self, site: Site) -> dict[str, Tensor]:
-        """Taps for a linear map's contraction, and for its cross terms with earlier look-ups of the weight."""
-        if not self.fuse or site.kind != "outer" or not self.names.intersection(site.tracked.names):
-            return {}
-        like = site.tracked.real
-        taps = {"dots": zero_tap(like, (self.train, self.count), site.dtype)}
-        for index, look_up in enumerate(look_ups_before(site)):
-            rows, ids = site.positions, look_up.positions
-            taps[f"train columns {index}"] = zero_tap(like, (self.train * rows, self.val * ids), site.dtype)
-            taps[f"val columns {index}"] = zero_tap(like, (self.val * rows, self.train * ids), site.dtype)
-        return taps
+    def more_taps(self, site: Site) -> set[str]:
+        """The contraction of a linear map."""
+        return {"dots"} if self.fuse and site.kind == "outer" and self.names.intersection(site.tracked.names) else set()
 
     def plan(self, sites: list[Site]) -> None:
         """Fuse every linear map whose weight, or part of one, has no other use, or only look-ups before it."""
@@ -182,11 +174,11 @@ class Along:
     count: int
     budget: Budget = field(default_factory=Budget)
 
-    def more_taps(self, site: Site) -> dict[str, Tensor]:
-        """A tap for the fused contraction of a linear map."""
+    def more_taps(self, site: Site) -> set[str]:
+        """The contraction of a linear map."""
         if site.kind != "outer" or not self.names.intersection(site.tracked.names) or site.tracked.root is None:
-            return {}
-        return {"dots": zero_tap(site.tracked.real, (self.train, self.count), site.dtype)}
+            return set()
+        return {"dots"}
 
     def plan(self, sites: list[Site]) -> None:
         """Fuse every linear map whose weight is a parameter: with given directions uses do not meet."""
@@ -241,11 +233,9 @@ class WithSamples:
     count: int
     budget: Budget = field(default_factory=Budget)
 
-    def more_taps(self, site: Site) -> dict[str, Tensor]:
-        """A tap for the fused contraction of a linear map."""
-        if self._rows(site) is None:
-            return {}
-        return {"dots": zero_tap(site.tracked.real, (self.train, self.count), site.dtype)}
+    def more_taps(self, site: Site) -> set[str]:
+        """The contraction of a linear map."""
+        return set() if self._rows(site) is None else {"dots"}
 
     def _rows(self, site: Site) -> FromRows | None:
         """The validation rows of a weight that is used once, by a linear map."""

@@ -31,7 +31,7 @@ from ghostfunc._functionalize import ModelFn
 from ghostfunc._kronecker import KroneckerProjection
 from ghostfunc._nesting import functorch_level, unrecorded
 from ghostfunc._run import Run
-from ghostfunc._sites import Site, zero_tap
+from ghostfunc._sites import Site
 
 TAP = "projection"
 
@@ -79,14 +79,9 @@ class Projected:
     _matrices: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _found: dict[Site, Box | Blocks | None] = field(default_factory=dict)
 
-    def more_taps(self, site: Site) -> dict[str, Tensor]:
-        """A tap for the projection of a use whose entries are the parameter's."""
-        place = self._place(site)
-        if place is None:
-            return {}
-        part = self.projection.parts[site.tracked.names[0]]
-        count = part.blocks.count if isinstance(place, Blocks) else 1
-        return {TAP: zero_tap(site.tracked.real, (self.units, count * part.size), site.dtype)}
+    def more_taps(self, site: Site) -> set[str]:
+        """The projection of a use whose entries are the parameter's."""
+        return set() if self._place(site) is None else {TAP}
 
     def narrow(self, site: Site, side: str) -> Tensor | None:
         """The matrix of the side of a weight that the activation meets, where the use is of one block."""

@@ -267,9 +267,3 @@ class Site:
         if grad is None or self.make is None:
             return None
         return self.make(self.cast(grad), samples)
-
-
-def zero_tap(like: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
-    """A tensor that an operation takes and never reads: its cotangent carries a result out of the backward."""
-    strides = (0,) * len(shape)
-    return torch.empty_strided(tuple(shape), strides, dtype=dtype, device=like.device, requires_grad=True)
