@@ -149,5 +149,5 @@ def _tiles_flops(train, val, along, shape, kinds, want_grad, **_: Any) -> int:
         maps = [one for one, other in zip(pairs[::2], pairs[1::2], strict=True) if len(one) == len(other) == 3]
         return sum(2 * samples * positions * p * q for samples, positions, _ in maps)
 
-    entries = sum(prod(_widths(kind, n, m)) for kind in kinds)  # each a product of two rows of p * q
+    entries = sum(prod(_widths(kind, n, m)) for kind in kinds if kind != "norm")  # products of two rows of p * q
     return making(train) + making(val) + 2 * entries * p * q
