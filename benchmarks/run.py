@@ -205,6 +205,8 @@ def run_part(name: str, part: Part, arguments: argparse.Namespace, workers: Work
     what = [w for w in ("counts", "times") if getattr(arguments, w)] or ["counts", "times"]
     workers.stop(but={"reference", *(method for _, methods in part.cases for method in methods)})  # they take memory
     for case, methods in part.cases:
+        if arguments.case not in case.name:
+            continue
         measured = case.tiny() if arguments.tiny else case
         about = {"environment": environment(arguments), "rounds": rounds, "measured": asdict(measured)}
         for kind, rows in measure(measured, methods, rounds, workers, what).items():
@@ -250,6 +252,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=[*PARTS, *OTHER_PARTS])
     parser.add_argument("--sweep", nargs="+", choices=[p.removeprefix("sweep-") for p in PARTS if "sweep" in p])
+    parser.add_argument("--case", default="", help="only the cases whose name has this text")
     parser.add_argument("--rounds", type=int, help="of turns, instead of each part's own number")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--counts", action="store_true", help="FLOPs, errors and peaks alone")
