@@ -39,7 +39,9 @@ def contract_outer(
     Raises:
         ValueError: where the budget is too small for any order.
     """
-    order = _order_of(factor, directions, want_grad, budget)
+    # A loop into reused buffers is no function of an outer transform's inputs.
+    shape = shape_of(factor, directions, want_grad=want_grad)
+    order = best_order(shape, budget, tiles=functorch_level() is None)
     if order.name == "tile stream":
         return _stream(factor, directions, order, want_grad)
     if factor.rows_at_a_time < factor.size[0]:
@@ -50,14 +52,12 @@ def contract_outer(
     return _along_outer(factor, directions, order), grad
 
 
-def _order_of(factor: Outer, directions: Directions, want_grad: bool, budget: int | None) -> Order:
-    right, (p, q) = factor.right, factor.size
-    given = isinstance(directions, Given)
+def shape_of(factor: Outer, directions: Directions, *, want_grad: bool) -> Shape:
+    """What the planner is to know of a contraction."""
+    right, (p, q), given = factor.right, factor.size, isinstance(directions, Given)
     val_rows = 0 if isinstance(directions, Given) else directions.rows
     size = len(right), right.shape[1], p, q, directions.count, val_rows
-    shape = Shape(*size, given, want_grad, right.element_size(), right.device.type)
-    # A loop into reused buffers is no function of an outer transform's inputs.
-    return best_order(shape, budget, tiles=functorch_level() is None)
+    return Shape(*size, given, want_grad, right.element_size(), right.device.type)
 
 
 def _stream(

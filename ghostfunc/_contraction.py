@@ -60,7 +60,7 @@ class Contraction:
 
     def plan(self, sites: list[Site]) -> None:
         """Fuse every linear map whose weight, or part of one, has no other use, or only look-ups before it."""
-        self.call.budget.resolve(bytes_of_plain_step(sites))
+        self.call.budget.resolve(lambda: bytes_of_plain_step(sites))
         by_name = sites_by_name(sites)
         for site in sites:
             others = [s for s in by_name[site.tracked.names[0]] if s is not site and meet(s, site)]

@@ -19,6 +19,7 @@ from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ghostfunc._nesting import functorch_level, recorded
+from ghostfunc._operations import as_autocast
 
 _BLOCK_BYTES = {"cpu": 16 << 20}  # logits of a block: what stays in a cache; elsewhere:
 _BLOCK_BYTES_ELSEWHERE = 256 << 20
@@ -103,7 +104,7 @@ def token_losses(
     if functorch_level() is not None or recorded(hidden) or torch.compiler.is_compiling():
         return at_once(hidden, weight, targets, bias, ignore_index, softcap)
     check_targets(targets, len(weight), ignore_index)
-    return _InBlocks.apply(as_in_autocast(hidden), weight, bias, targets, ignore_index, softcap, chunk)[0]  # type: ignore[index]
+    return _InBlocks.apply(as_autocast(hidden), weight, bias, targets, ignore_index, softcap, chunk)[0]  # type: ignore[index]
 
 
 def at_once(
@@ -115,13 +116,6 @@ def at_once(
     logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
     losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=ignore_index, reduction="none")
     return losses.view(targets.shape).unsqueeze(-1)
-
-
-def as_in_autocast(x: Tensor) -> Tensor:
-    """A tensor as autocast gives it to a product."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
 
 
 def check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:

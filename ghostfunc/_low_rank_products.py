@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ghostfunc._contract import contract_outer, total
+from ghostfunc._contract import contract_outer, shape_of, total
 from ghostfunc._directions import Directions, FromRows, Given
 from ghostfunc._factors import Outer
 from ghostfunc._low_rank import Formed, Rows, approximate, contract_low_rank, low_rank_order
-from ghostfunc._planner import Shape, best_order
+from ghostfunc._planner import best_order
 from ghostfunc._products import Along, Joint
 from ghostfunc._run import Run
 from ghostfunc._sites import Site
@@ -79,10 +79,7 @@ def _pays(factor: Outer, direction: Directions, rank: int, budget: int | None, *
     """Whether the low rank fits the budget and costs less than the exact dot products."""
     if type(factor) is not Outer or factor.g.is_complex():  # rows that are computed as they are asked for: once
         return False
-    (p, q), (n, positions) = factor.size, factor.g.shape[:2]
-    rows = direction.rows if isinstance(direction, FromRows) else 0
-    itemsize, device = factor.g.element_size(), factor.g.device.type
-    shape = Shape(n, positions, p, q, 1, rows, rows == 0, want_grad, itemsize, device)
+    shape = shape_of(factor, direction, want_grad=want_grad)
     order = low_rank_order(shape, rank)
     return (budget is None or order.bytes <= budget) and order.cost < best_order(shape, budget).cost
 

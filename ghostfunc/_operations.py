@@ -125,3 +125,10 @@ def einsum_letters(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]
         joined = left.replace("...", "").replace(",", "")
         right = "..." * ("..." in left) + "".join(sorted(c for c in set(joined) if joined.count(c) == 1))
     return written, right.replace("...", "".join(dots))
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """A factor's activation as the product sees it, which autocast would cast: all dtypes but float64."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x

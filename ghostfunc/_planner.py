@@ -12,7 +12,7 @@ shape, the kind of device and the budget, and is made once for each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -208,11 +208,11 @@ class Budget:
         self.asked = asked
         self.bytes = asked if isinstance(asked, int) else None
 
-    def resolve(self, plain_step: int) -> None:
+    def resolve(self, plain_step: Callable[[], int]) -> None:
         """Make a share bytes.
 
         Args:
-            plain_step: bytes that a plain step takes: gradients, and results of operations that are kept.
+            plain_step: gives the bytes that a plain step takes: gradients, and results of operations that are kept.
         """
         if isinstance(self.asked, float):
-            self.bytes = int(self.asked * plain_step)
+            self.bytes = int(self.asked * plain_step())

@@ -56,7 +56,7 @@ class Joint:
 
     def plan(self, sites: list[Site]) -> None:
         """Fuse every linear map whose weight, or part of one, has no other use, or only look-ups before it."""
-        self.budget.resolve(bytes_of_plain_step(sites))
+        self.budget.resolve(lambda: bytes_of_plain_step(sites))
         by_name = sites_by_name(sites)
         for site in sites:
             if site.kind != "outer" or "dots" not in site.taps or site.tracked.root is None:
@@ -182,7 +182,7 @@ class Along:
 
     def plan(self, sites: list[Site]) -> None:
         """Fuse every linear map whose weight is a parameter: with given directions uses do not meet."""
-        self.budget.resolve(bytes_of_plain_step(sites))
+        self.budget.resolve(lambda: bytes_of_plain_step(sites))
         for site in sites:
             if "dots" in site.taps:
                 site.treatment = "fused"
@@ -249,7 +249,7 @@ class WithSamples:
 
     def plan(self, sites: list[Site]) -> None:
         """Fuse every linear map whose weight is used once, in both runs."""
-        self.budget.resolve(bytes_of_plain_step(sites))
+        self.budget.resolve(lambda: bytes_of_plain_step(sites))
         for site in sites:
             rows = self._rows(site)
             if "dots" in site.taps and rows is not None:

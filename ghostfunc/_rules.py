@@ -21,7 +21,7 @@ from ghostfunc._errors import InteractingSamples, UnsupportedUse
 from ghostfunc._factors import Dense, Factor, Gather, Later, Outer
 from ghostfunc._interpreter import Interpreter
 from ghostfunc._nesting import readable
-from ghostfunc._operations import is_in_place, op_name
+from ghostfunc._operations import as_autocast, is_in_place, op_name
 from ghostfunc._randomness import cannot_share
 from ghostfunc._rules_conv import CONVOLUTIONS
 from ghostfunc._rules_logits import LOGITS
@@ -30,7 +30,7 @@ from ghostfunc._rules_norm import NORMS
 from ghostfunc._rules_pointwise import POINTWISE
 from ghostfunc._rules_products import PRODUCTS
 from ghostfunc._sample_axis import Lost, Partition, samples_of
-from ghostfunc._tap import NO_RULE, Rule, Use, as_autocast, tapped
+from ghostfunc._tap import NO_RULE, Rule, Use, tapped
 
 # ---------------------------------------------------------------- linear maps
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ghostfunc._factors import Dense, Factor, Outer
 from ghostfunc._interpreter import Interpreter
-from ghostfunc._operations import op_name
+from ghostfunc._operations import as_autocast, op_name
 from ghostfunc._sample_axis import Partition, RowMap, SampleAxis, samples_of
-from ghostfunc._tap import NO_RULE, Rule, Use, as_autocast, tapped
+from ghostfunc._tap import NO_RULE, Rule, Use, tapped
 
 _DENSE_BYTES = 64 << 20
 

@@ -15,7 +15,6 @@ from ghostfunc._contract import total
 from ghostfunc._factors import Dense, Factor
 from ghostfunc._interpreter import Interpreter
 from ghostfunc._linear_cross_entropy import (
-    as_in_autocast,
     at_once,
     check_targets,
     losses_in_blocks,
@@ -23,6 +22,7 @@ from ghostfunc._linear_cross_entropy import (
 )
 from ghostfunc._logits import LogitsOuter, Walk
 from ghostfunc._nesting import recorded
+from ghostfunc._operations import as_autocast
 from ghostfunc._sample_axis import Partition, SampleAxis, samples_of
 from ghostfunc._sites import MakeFactor, Site
 
@@ -140,7 +140,7 @@ def _token_losses(
         with mode:  # each step has a rule
             return at_once(hidden, weight, targets, bias, ignore_index, softcap)
     check_targets(targets, len(weight), ignore_index)
-    x, matrix, shift = as_in_autocast(hidden), mode.value(weight).detach(), mode.value(bias)
+    x, matrix, shift = as_autocast(hidden), mode.value(weight).detach(), mode.value(bias)
     shift = None if shift is None else shift.detach()
     rows = rows_at_a_time(x, len(matrix), chunk)
     losses, lse = losses_in_blocks(x, matrix, targets, shift, ignore_index, softcap, rows)

@@ -73,13 +73,6 @@ class Tap(Function):
         return grad, None, None, None, None, *gradients
 
 
-def as_autocast(x: Tensor) -> Tensor:
-    """A factor's activation as the product sees it, which autocast would cast: all dtypes but float64."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
-
-
 def tapped(mode: Interpreter, op: str, out: Tensor, saved: tuple[Tensor, ...], *uses: Use) -> Tensor:
     """The result of an operation with a tap behind it for each tracked tensor that the operation used.
 
