@@ -17,7 +17,9 @@ from torch import Tensor
 from ghostfunc._factors import Factor, Gather, Outer
 from ghostfunc._nesting import recorded
 from ghostfunc._planner import MEMORY_BOUND
+from ghostfunc._ranks import Ranks
 from ghostfunc._seen import Seen
+from ghostfunc._sharded import ShardedDirection, is_sharded
 from ghostfunc._stream import add_up
 from ghostfunc._tiles import Block, Tile, tiles
 
@@ -34,6 +36,7 @@ class Setting:
         val: validation samples, m; 0 without any.
         all_val: validation samples of all ranks.
         divisor: what the train samples' losses are divided by in the run.
+        ranks: those that have a share of the samples; None without a group.
     """
 
     params: Mapping[str, Tensor]
@@ -43,6 +46,13 @@ class Setting:
     val: int
     all_val: int
     divisor: int = 1
+    ranks: Ranks | None = None
+
+    def direction(self, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A direction that is asked for weight by weight; what is sharded is whole then."""
+        if not any(map(is_sharded, given.values())):
+            return given
+        return ShardedDirection({name: given[name] for name in self.names}, self.dtype, self.ranks)
 
     def zeros(self, *shape: int) -> Tensor:
         """Zeros of the contractions' dtype, where the parameters are."""

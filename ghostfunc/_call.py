@@ -19,6 +19,7 @@ from ghostfunc._randomness import RANDOMNESS
 from ghostfunc._ranks import Group, Ranks
 from ghostfunc._run import Run, Want, run
 from ghostfunc._segments import Segments
+from ghostfunc._sharded import ShardedDirection, group_of, is_sharded, sharded_like
 
 Params = Mapping[str, Tensor]
 Layers = str | Iterable[str] | Callable[[str], bool]
@@ -66,6 +67,7 @@ class Call(NamedTuple):
                 has_aux=self.has_aux,
                 lenient=self.lenient,
                 randomness=self.randomness,
+                ranks=self.ranks,
                 **want,
             ),
         )
@@ -83,8 +85,12 @@ class Call(NamedTuple):
         return count if self.ranks is None else self.ranks.total(count)
 
     def sums(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sums over this rank's samples as sums over all ranks'."""
-        return tensors if self.ranks is None else self.ranks.sums(tensors)
+        """Sums over this rank's samples as sums over all ranks': sharded as the parameters are."""
+        if self.ranks is None:
+            return tensors
+        whole = {name: tensor for name, tensor in tensors.items() if not is_sharded(self.params[name])}
+        sums = self.ranks.sums(whole)
+        return {n: sums[n] if n in sums else sharded_like(tensor, self.params[n]) for n, tensor in tensors.items()}
 
     def unused(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Of the names that this rank's losses do not depend on those that no rank's do."""
@@ -124,7 +130,12 @@ def checked(
         raise ValueError(f"randomness={randomness!r}: expected {', '.join(map(repr, RANDOMNESS))}.")
     names = match_layers(layers, list(params))
     lenient = on_unsupported == "dense"
-    ranks = Ranks.of(group, next(iter(params.values())).device)
+    if lenient and any(map(is_sharded, params.values())):
+        raise ValueError(
+            "on_unsupported='dense' takes a backward pass for each sample, and ranks with sharded parameters need as "
+            "many passes as each other: leave it at 'raise', or the parameters unsharded."
+        )
+    ranks = Ranks.of(group_of(params, group), next(iter(params.values())).device)
     dtype = _contraction_dtype(params, dtype)
     return Call(model_fn, params, dtype, names, has_aux, lenient, randomness, ranks, Budget(memory))
 
@@ -211,7 +222,7 @@ def product_columns(products: Products, result: Run, names: frozenset[str]) -> d
     return columns
 
 
-def one_direction(direction: Params, call: Call) -> dict[str, Tensor]:
+def one_direction(direction: Params, call: Call) -> Mapping[str, Tensor]:
     """The direction of each parameter that is asked for, `[1, *shape]`, checked."""
     missing = sorted(call.names - set(direction))
     if missing:
@@ -225,5 +236,9 @@ def one_direction(direction: Params, call: Call) -> dict[str, Tensor]:
         given, expected = direction[name].shape, call.params[name].shape
         if given != expected:
             raise ValueError(f"direction[{name!r}] has shape {tuple(given)}; the parameter has {tuple(expected)}.")
+    if any(is_sharded(direction[name]) for name in call.names):
+        return ShardedDirection(
+            {n: direction[n] for n in call.params if n in call.names}, call.dtype, call.ranks, stacked=True
+        )
     with unrecorded():
         return {name: direction[name].to(call.dtype).unsqueeze(0) for name in call.names}

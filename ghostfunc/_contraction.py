@@ -27,6 +27,7 @@ from ghostfunc._quantities import Dots
 from ghostfunc._randomness import DrewRandomNumbers, RandomState
 from ghostfunc._run import Run
 from ghostfunc._seen import Seen
+from ghostfunc._sharded import sharded_like
 from ghostfunc._sites import Site
 from ghostfunc._tiles import Block, blocks_of
 
@@ -142,7 +143,7 @@ class Contraction:
                     share = total(factor, site.tracked.real.shape)
                     shares.append(result.pull(site.tracked, name, share.unsqueeze(0))[0])
                 gradient = sum(shares[1:], shares[0]) if shares else torch.zeros_like(leaf)
-                sums[name] = gradient.to(leaf.dtype)
+                sums[name] = sharded_like(gradient.to(leaf.dtype), leaf)
         return sums
 
 
@@ -169,7 +170,7 @@ def collected(
     all_m = call.over_ranks(m)
     names = tuple(name for name in call.params if name in call.names)
     divisor = call.over_ranks(n) if mean else 1
-    accumulators = start(Setting(call.params, names, call.dtype, units.runs, m, all_m, divisor))
+    accumulators = start(Setting(call.params, names, call.dtype, units.runs, m, all_m, divisor, call.ranks))
     joint = m > 0 and not cannot_join(train, val) and not call.has_aux and units.segments is None
     joint = joint and call.ranks is None
 

@@ -5,7 +5,7 @@ arguments and nothing of the module changes.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch.nn.utils.stateless import _reparametrize_module
 from ghostfunc._before_head import before_head, inputs_of
 from ghostfunc._interpreter import Interpreter
 from ghostfunc._losses import chunked_causal_lm_loss
+from ghostfunc._sharded import GatheredAtUse, is_sharded
+from ghostfunc._wrapped import check_wrapping, dtypes_of, inner, without_sharding_hooks
 
 LossFn = Callable[[Any, Any], Tensor]
 ModelFn = Callable[[dict[str, Tensor], Any], Any]
@@ -29,7 +31,7 @@ class _Call(nn.Module):
         self.call = call
 
     def forward(self, batch: Any) -> Any:
-        return self.call(self.module, batch)
+        return self.call(inner(self.module), batch)
 
 
 def _default_call(module: nn.Module, batch: Any) -> Any:
@@ -52,10 +54,14 @@ def functionalize(
 
     Returns:
         `(model_fn, params)`: `model_fn(params, batch) -> losses[B]`, and the trainable parameters by name, detached
-        (they share the module's memory, so an optimizer's step is seen by the next call), tied ones once.
+        (they share the module's memory, so an optimizer's step is seen by the next call), tied ones once. Of a module
+        in `DistributedDataParallel` the module inside is run, under the wrapped one's names: pass `group=` to calls.
+        Parameters that `fully_shard` has sharded stay so, and are gathered at their uses, in the dtype of its policy.
 
     Raises:
         ValueError: if the module has no trainable parameter.
+        NotImplementedError: for a module that is wrapped in `DataParallel`, sharded by the first FSDP, or tensor
+            parallel.
         TypeError: for `chunked_causal_lm_loss` without `call` and a module whose logits are not known to be its head's.
 
     Example:
@@ -65,18 +71,27 @@ def functionalize(
         >>> sorted(params), model_fn(params, (torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))).shape
         (['bias', 'weight'], torch.Size([5]))
     """
+    check_wrapping(module)
     if call is None:
-        call = before_head(module) if loss is chunked_causal_lm_loss else _default_call
+        call = before_head(inner(module)) if loss is chunked_causal_lm_loss else _default_call
     wrapper = _Call(module, call)
     prefix = "module."
     params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     if not params:
         raise ValueError("functionalize: the module has no parameter with requires_grad=True, so it has no gradients.")
 
+    dtypes = dtypes_of(module)
+
     def model_fn(params: dict[str, Tensor], batch: Any) -> Tensor:
+        interpreter = Interpreter.current()
+        if dtypes:
+            cast = Tensor.to if interpreter is None else interpreter.compute_in
+            params = {name: cast(p, dtypes[name]) if name in dtypes else p for name, p in params.items()}
+        alone = interpreter is None and any(map(is_sharded, params.values()))
+        whole = GatheredAtUse() if alone else nullcontext()
         swapped = {prefix + name: tensor for name, tensor in params.items()}
         swapped |= {prefix + name: buffer.clone() for name, buffer in module.named_buffers()}
-        with _checkpointing(module, lambda: _swapped(wrapper, swapped)):
+        with _checkpointing(module, lambda: _swapped(wrapper, swapped)), whole:
             with _swapped(wrapper, swapped):
                 output = wrapper(batch)
             return loss(output, batch)
@@ -89,7 +104,10 @@ def _swapped(wrapper: _Call, tensors: dict[str, Tensor]) -> Iterator[None]:
     """Parameters and buffers in place of the module's own; recurrent layers get their lists of weights back."""
     lists = [(m, m._flat_weights, m._flat_weight_refs) for m in wrapper.modules() if isinstance(m, nn.RNNBase)]
     try:
-        with _reparametrize_module(wrapper, tensors, tie_weights=True, strict=False, stack_weights=True):
+        with (
+            without_sharding_hooks(wrapper),
+            _reparametrize_module(wrapper, tensors, tie_weights=True, strict=False, stack_weights=True),
+        ):
             yield
     finally:
         for layer, weights, references in lists:

@@ -38,8 +38,10 @@ from ghostfunc._randomness import (
     refusal,
     shared,
 )
+from ghostfunc._ranks import Ranks
 from ghostfunc._sample_axis import Lost, SampleAxis, Samples, samples_of, set_samples
 from ghostfunc._segments import Segments
+from ghostfunc._sharded import Shards, is_sharded
 from ghostfunc._sites import ISOMETRIES, Derivation, Site, Tracked
 
 _WRITES = frozenset(  # in-place operations that have a rule
@@ -70,6 +72,7 @@ class Interpreter(TorchFunctionMode):
         lenient: bool = False,
         nested: bool = False,
         segments: Segments | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
         self.samples = samples
@@ -96,8 +99,14 @@ class Interpreter(TorchFunctionMode):
         self.random = False
         self.dtypes: set[torch.dtype] = set()  # that results had
         self.device = next(iter(params.values())).device
+        self.shards = Shards(ranks) if any(map(is_sharded, params.values())) else None
         for name, param in params.items():
-            self._track(Tracked((name,), self.leaf(param), param if nested else self.leaf(param)))
+            if self.shards is not None and is_sharded(param):
+                shard = self.shards.add(name, param)
+                sentinel = shard.stand_in(param.dtype).requires_grad_()
+                self._track(Tracked((name,), sentinel, shard.in_graph(), shard=shard))
+            else:
+                self._track(Tracked((name,), self.leaf(param), param if nested else self.leaf(param)))
 
     @staticmethod
     def current() -> Interpreter | None:
@@ -153,7 +162,7 @@ class Interpreter(TorchFunctionMode):
             elif t.requires_grad:
                 foreign = True
         if not self.checkpointed and not self.recomputing:
-            self.checkpointed = saved_tensors_are_hooked()
+            self.checkpointed = saved_tensors_are_hooked(None if self.shards is None else self.shards.hooks)
         if own:
             self._watch_recomputation(own, tensors)
         return tracked, followed, foreign
@@ -186,7 +195,7 @@ class Interpreter(TorchFunctionMode):
     @property
     def leaves(self) -> dict[str, Tensor]:
         """The real parameters of this call, as leaves of its graph."""
-        return {t.names[0]: t.real for t in self.tracked if t.derivation is None}
+        return {t.names[0]: t.leaf for t in self.tracked if t.derivation is None}
 
     def leaf(self, tensor: Tensor) -> Tensor:
         """A tensor that the backward of this call differentiates with respect to, with the values of another."""
@@ -231,12 +240,36 @@ class Interpreter(TorchFunctionMode):
     def value(self, tensor: Any) -> Any:
         """What an operation computes with: the values of a tracked tensor; anything else as it is."""
         tracked = self.find(tensor)
-        return tensor if tracked is None else tracked.real if self.nested else tracked.real.detach()
+        if tracked is None:
+            return tensor
+        if tracked.shard is not None:
+            return tracked.shard.values()
+        return tracked.real if self.nested else tracked.real.detach()
 
     def real(self, tensor: Any) -> Any:
         """The real tensor behind a sentinel; anything else as it is."""
         tracked = self.find(tensor)
-        return tensor if tracked is None else tracked.real
+        if tracked is None:
+            return tensor
+        return tracked.real if tracked.shard is None else tracked.shard.with_graph(tracked.real)
+
+    def compute_in(self, tensor: Any, dtype: torch.dtype) -> Any:
+        """What stands for a sharded parameter whose values are gathered in a dtype; anything else as it is."""
+        tracked = self.find(tensor)
+        if tracked is None or tracked.shard is None or tracked.shard.dtype == dtype:
+            return tensor
+        del self._by_id[id(tensor)]
+        tracked.shard.dtype = dtype
+        tracked.sentinel = tracked.shard.stand_in(dtype).requires_grad_()
+        self._by_id[id(tracked.sentinel)] = tracked
+        return tracked.sentinel
+
+    def _whole(self, leaf: Any) -> Any:
+        """The values of a sharded tensor, which reads them where no gradient is recorded or wanted."""
+        tracked = self.find(leaf)
+        if tracked is not None:
+            return leaf if tracked.shard is None else tracked.shard.values()
+        return self.shards.frozen(leaf) if self.shards is not None and is_sharded(leaf) else leaf
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -274,10 +307,18 @@ class Interpreter(TorchFunctionMode):
         tensors = tensors_in(args)
         if kwargs:
             tensors += tensors_in(kwargs.values())
+        if self.shards is not None and (not torch.is_grad_enabled() or any(map(is_sharded, tensors))):
+            recording = torch.is_grad_enabled()
+            args, kwargs = with_leaves(
+                lambda leaf: leaf if recording and self.find(leaf) is not None else self._whole(leaf), args, kwargs
+            )
+            tensors = tensors_in(args) + tensors_in(kwargs.values())
         tracked, followed, foreign = self._examined(tensors)
         if tracked:
             self._refuse_stale(name, tracked)
             if why := self._must_not_see(name, in_place, args, kwargs, tensors):
+                if self.shards is not None:
+                    self._refuse_sharded(why, tracked)
                 for t in tracked:
                     t.unseen = why
                 return func(*args, **kwargs)  # on the sentinels: the backward will find them
@@ -316,6 +357,15 @@ class Interpreter(TorchFunctionMode):
                     positions = self.segments.carried_by(results[0])
                     site.rows = partial(self.segments.rows, results[0].shape, positions=positions)
         return out
+
+    @staticmethod
+    def _refuse_sharded(why: str, tracked: list[Tracked]) -> None:
+        names = tuple(dict.fromkeys(name for t in tracked for name in t.names))
+        raise UnsupportedUse(
+            f"{', '.join(names)}: used {why}; sharded parameters are gathered for operations that have a rule, and "
+            "this one would not get their values. Write the operation in torch functions, or leave them unsharded.",
+            names,
+        )
 
     def _refuse_backward(self, name: str) -> None:
         """A backward inside `model_fn` runs through values that carry no parameter: its result would lose them."""
@@ -392,7 +442,7 @@ class Interpreter(TorchFunctionMode):
         names = tuple(dict.fromkeys(name for t in tracked for name in t.names))
         replacements: dict[int, Tensor] = {}
         for index, result in enumerate(results):
-            same = next((t for t in tracked if t.real is result), None)
+            same = next((t for t in tracked if t.real is result or (t.shard and t.shard.gave(result))), None)
             if same is not None:
                 replacements[id(result)] = same.sentinel
             elif differentiable[index]:
@@ -435,6 +485,8 @@ class Interpreter(TorchFunctionMode):
         return args[0]
 
     def _is_memory_of_a_parameter(self, written: Tracked) -> bool:
+        if any(t.shard is not None and t.shard.gave(written.real._base) for t in self.tracked):
+            return True
         return any(t.derivation is None for t in (written, *self._in_the_same_memory(written)))
 
     def _refuse_write(self, name: str, written: Tracked) -> None:

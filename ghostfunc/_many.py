@@ -117,7 +117,7 @@ def ghost_quantities(
                 "Stream."
             )
     grams = [name for name, quantity in want.items() if isinstance(quantity, Gram)]
-    if grams and group is not None:
+    if grams and call.ranks is not None:
         raise ValueError(f"want[{grams[0]!r}]: with group=, ghost_grad_gram has the matrix of all ranks' samples.")
     projections = {name: quantity for name, quantity in want.items() if isinstance(quantity, Project)}
     clips = {name: _groups(quantity.max_norm, names) for name, quantity in want.items() if isinstance(quantity, Clip)}

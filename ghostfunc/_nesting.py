@@ -59,9 +59,12 @@ def unrecorded() -> AbstractContextManager:
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def saved_tensors_are_hooked() -> bool:
-    """Whether what autograd saves goes through hooks: checkpointing, offloading, or a torch that does not tell."""
-    return _top_hooks is None or _top_hooks(False) is not None
+def saved_tensors_are_hooked(own: tuple[Callable, Callable] | None = None) -> bool:
+    """Whether what autograd saves goes through hooks that are not our own: checkpointing, offloading.
+
+    True as well where torch does not tell.
+    """
+    return _top_hooks is None or _top_hooks(False) not in (None, own)
 
 
 _OUTSIDE = (

@@ -30,6 +30,7 @@ from ghostfunc._factors import Dense, Factor, Gather, Later, Outer
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._kronecker import KroneckerProjection
 from ghostfunc._nesting import functorch_level, unrecorded
+from ghostfunc._ranks import Group
 from ghostfunc._run import Run
 from ghostfunc._sites import Site
 
@@ -188,6 +189,7 @@ def ghost_grad_proj(
     on_unsupported: str = "raise",
     randomness: str = "different",
     segments: Tensor | None = None,
+    group: Group | None = None,
 ) -> Any:
     """Projections of each sample's gradient: for each parameter of the projection `P_in^T G_b P_out`, side by side.
 
@@ -204,6 +206,7 @@ def ghost_grad_proj(
         on_unsupported: as in `ghost_grad_dot`.
         randomness: as in `ghost_grad_dot`.
         segments: as in `ghost_grad_dot`; the result has a row for each segment then.
+        group: as in `ghost_grad_along`.
 
     Returns:
         `[B, projection.dim]`, the projection of the gradient of each sample's own loss (not divided by B), in the
@@ -223,25 +226,26 @@ def ghost_grad_proj(
         >>> gf.ghost_grad_proj(model_fn, params, batch, projection).shape
         torch.Size([5, 64])
     """
-    call = checked(model_fn, params, dtype, "", has_aux, on_unsupported, randomness)
+    call = checked(model_fn, params, dtype, "", has_aux, on_unsupported, randomness, group)
     _check(projection, call.params)
     call = call._replace(names=frozenset(projection.parts))
     if functorch_level() is None:  # inside of a transform the result may be differentiated in the other parameters
         call = _of_names(call)
     batch = plain(batch)
-    samples = batch_size(batch, "given")
-    units = units_of(batch, samples, segments, token=False)
-    projected = Projected(call.names, units.runs, projection, call.dtype, call.device)
-    result = call.run(
-        batch,
-        samples,
-        train=units.runs,
-        factors=call.names,
-        more_taps=projected.more_taps,
-        narrow=projected.narrow,
-        plan=projected.plan,
-        segments=units.segments,
-    )
+    with call.together():
+        samples = batch_size(batch, "given")
+        units = units_of(batch, samples, segments, token=False)
+        projected = Projected(call.names, units.runs, projection, call.dtype, call.device)
+        result = call.run(
+            batch,
+            samples,
+            train=units.runs,
+            factors=call.names,
+            more_taps=projected.more_taps,
+            narrow=projected.narrow,
+            plan=projected.plan,
+            segments=units.segments,
+        )
     with unrecorded(), torch.autocast(call.device.type, enabled=False):
         columns = units.own({name: projected.products(result, name) for name in projection.parts})
     found = torch.cat(list(columns.values()), 1)

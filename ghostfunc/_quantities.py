@@ -91,7 +91,7 @@ class Dots(_AlongOne):
 
     def along(self, direction: Mapping[str, Tensor]) -> None:
         """Take the validation samples' gradient, summed, instead of their factors."""
-        self.direction, self.val = direction, ""
+        self.direction, self.val = self.setting.direction(direction), ""
 
     def pairs_cost(self, block: Block) -> float | int:
         if not self.val:
@@ -155,7 +155,7 @@ class _AlongDirection(_AlongOne):
                 raise ValueError(
                     f"direction[{name!r}] has shape {shape}; the parameter has {tuple(setting.params[name].shape)}."
                 )
-        self.asked, self.axes, self.direction = asked, axes, asked.direction
+        self.asked, self.axes, self.direction = asked, axes, setting.direction(asked.direction)
 
     def value(self) -> Any:
         columns = {name: column.squeeze(1) for name, column in self.columns.items()}

@@ -28,6 +28,10 @@ class RankFailed(RuntimeError):
     """Another rank's share of a call raised; the message has its rank and its error."""
 
 
+class OutOfStep(RuntimeError):
+    """Ranks that must use the same sharded parameters in the same order did not."""
+
+
 class Ranks:
     """The ranks of a group, and what they tell each other. Every rank makes the same calls in the same order.
 
@@ -55,7 +59,7 @@ class Ranks:
         """The ranks of a process group or of a mesh of one dimension; None for None.
 
         Raises:
-            ValueError: for a mesh of several dimensions, or a group that this rank is not in.
+            ValueError: for a group that this rank is not in.
             RuntimeError: inside a functorch transform, which cannot see what ranks exchange.
         """
         if group is None:
@@ -63,12 +67,7 @@ class Ranks:
         if functorch_level() is not None:
             raise RuntimeError("group= inside a functorch transform: make the call outside, or without a group.")
         if isinstance(group, DeviceMesh):
-            if group.ndim != 1:
-                raise ValueError(
-                    f"group= is a mesh of {group.ndim} dimensions {group.mesh_dim_names}: name the one that samples "
-                    "are split over, as in mesh['data']."
-                )
-            group = group.get_group()
+            group = group.get_group() if group.ndim == 1 else _flat(group)
         return cls(group, device)
 
     def counts(self, count: int) -> list[int]:
@@ -122,10 +121,37 @@ class Ranks:
         whole = iter([self._all(t, counts) for t in tensors])
         return pytree.tree_unflatten([next(whole) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
 
+    def in_step(self, place: int, what: str) -> None:
+        """Wait until every rank is at the same place of a run, before they exchange what belongs there.
+
+        Args:
+            place: a number for it, 0 or more.
+            what: it is, for messages.
+
+        Raises:
+            OutOfStep: if a rank is at another place, or has left its run.
+        """
+        places = self.counts(-1 - place)  # below 0, for ranks that have left to tell it from the size of what they say
+        if left := [rank for rank, found in enumerate(places) if found >= 0]:
+            raise OutOfStep(
+                f"rank {self.rank} needs {what}, and {_ranks_named(left)} ended this part of the call without it: each "
+                "rank must use the same sharded parameters. A mixture of experts uses those that the data picks: leave "
+                "its experts unsharded, or run all of them on all rows."
+            )
+        if len(set(places)) > 1:
+            others = [rank for rank, found in enumerate(places) if found != places[self.rank]]
+            raise OutOfStep(
+                f"rank {self.rank} needs {what}, and {_ranks_named(others)} another parameter: every rank must use the "
+                "same sharded parameters in the same order. Is there anything in model_fn that the data or the rank "
+                "decides?"
+            )
+
     def texts(self, text: str) -> list[str]:
-        """Each rank's text."""
+        """Each rank's text; a rank that waits in a run for this one learns that it has ended."""
         data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8).to(self.device)
         counts = self.counts(len(data))
+        while min(counts) < 0:
+            counts = self.counts(len(data))
         parts = self._all(data, counts).cpu().split(counts)
         return [bytes(part.tolist()).decode().strip("\0") for part in parts]
 
@@ -142,11 +168,11 @@ class Ranks:
         except Exception as raised:
             error = raised
         said = self.texts("" if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
+        why = [f"rank {rank}: {text}" for rank, text in enumerate(said) if text and not text.startswith("OutOfStep")]
+        if error is not None and not (isinstance(error, OutOfStep) and why):
             raise error
-        failed = [f"rank {rank}: {text}" for rank, text in enumerate(said) if text]
-        if failed:
-            raise RankFailed(f"another rank's share of this call failed. {'; '.join(failed)}")
+        if why or any(said):
+            raise RankFailed(f"another rank's share of this call failed. {'; '.join(why or filter(None, said))}")
 
     def _all(self, tensor: Tensor, counts: list[int]) -> Tensor:
         """All ranks' tensors `[count, ...]`, one after the other."""
@@ -161,3 +187,14 @@ class Ranks:
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         dist.all_gather(parts, tensor.contiguous(), group=self.group)
         return parts
+
+
+def _flat(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """All ranks of a mesh of several dimensions."""
+    if mesh.size() == dist.get_world_size():
+        return dist.group.WORLD  # type: ignore[return-value]
+    return mesh._flatten().get_group()
+
+
+def _ranks_named(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

@@ -28,9 +28,11 @@ from ghostfunc._nesting import functorch_level, own_level, readable, recorded, u
 from ghostfunc._operations import op_name
 from ghostfunc._probe import probe
 from ghostfunc._randomness import RandomState
+from ghostfunc._ranks import Ranks
 from ghostfunc._rules import apply_rule
 from ghostfunc._sample_axis import Lost, Partition, SampleAxis, samples_of, set_samples
 from ghostfunc._segments import Segments
+from ghostfunc._sharded import gathered, is_sharded
 from ghostfunc._sites import Site, Tracked
 
 # How far a sample's loss alone may be from its loss in the batch, by the precision that the model computed in.
@@ -57,6 +59,7 @@ class Want:
         narrow: a matrix that a site's activation is multiplied with in the forward, for the backward to keep that
             alone; called with the site and the side of the stored weight that the activation meets.
         plan: gives each site its treatment, once all are known.
+        ranks: those that have the shards of sharded parameters.
     """
 
     train: int
@@ -74,6 +77,7 @@ class Want:
     more_taps: Callable[[Site], Collection[str]] = lambda site: ()
     narrow: Callable[[Site, str], Tensor | None] = lambda site, side: None
     plan: Callable[[list[Site]], None] = lambda sites: None
+    ranks: Ranks | None = None
 
 
 @dataclass(eq=False)
@@ -158,7 +162,7 @@ class Run:
         return value, derived, pullback
 
     def _derived(self, tracked: Tracked, name: str) -> tuple[Tensor, Tensor]:
-        values = {key: self.leaves[key].detach() for key in tracked.names}
+        values = {key: gathered(self.leaves[key]).detach() for key in tracked.names}
         leaf = values[name].requires_grad_()
         return leaf, tracked.replay(values)
 
@@ -206,6 +210,12 @@ def _run(
             "samples apart. Call it outside of torch.compile, or use operations that are followed.",
             tuple(params),
         )
+    if mode.shards is not None and (doubt or (mode.notes and samples > 1)):
+        raise UnsupportedUse(
+            f"{doubt or mode.notes[0]}, and with sharded parameters no probe can tell the samples apart: it takes as "
+            "many passes as a rank has samples. Use operations that are followed, or unsharded parameters.",
+            tuple(params),
+        )
     for site in mode.sites:
         site.train = want.train
         site.wants_grad = want.grads
@@ -243,6 +253,7 @@ def forward(
         lenient=want.lenient,
         nested=nested,
         segments=want.segments,
+        ranks=want.ranks,
     )
 
     def carrying(tensor: Tensor) -> Tensor:
@@ -254,7 +265,8 @@ def forward(
     # Only the math kernel of attention has a derivative of its backward.
     kernels = sdpa_kernel(SDPBackend.MATH) if nested else nullcontext()
     before = None if torch.compiler.is_compiling() else RandomState.of(mode.device)
-    with torch.enable_grad(), kernels, uncompiled(), mode:
+    saving = nullcontext() if mode.shards is None else mode.shards.saved_as_shards()
+    with torch.enable_grad(), kernels, uncompiled(), saving, mode:
         out = model_fn(mode.sentinels, pytree.tree_map_only(Tensor, carrying, batch))
     if before is not None and not mode.random and before.has_moved():
         mode.drew_unseen()
@@ -535,7 +547,9 @@ def base_factor(result: Run, site: Site, factor: Factor, name: str) -> Factor:
 def _rows_picked(tracked: Tracked, parameter: Tensor) -> Tensor | None:
     """Which row of a table each row of a tensor is that was picked from it; None where it is no such tensor."""
     how = tracked.derivation
-    if how is None or parameter.dim() != 2 or functorch_level() is not None or not readable(parameter):
+    if how is None or parameter.dim() != 2 or is_sharded(parameter):
+        return None
+    if functorch_level() is not None or not readable(parameter):
         return None
     arguments = (*how.args, *how.kwargs.values())
     if op_name(how.func) != "embedding" or not any(t.derivation is None for t in arguments if isinstance(t, Tracked)):

@@ -28,6 +28,7 @@ from ghostfunc._nesting import unrecorded
 from ghostfunc._products import Along
 from ghostfunc._ranks import Group, Ranks
 from ghostfunc._run import Run
+from ghostfunc._sharded import group_of, is_sharded
 from ghostfunc._transforms import value_and_grad_dot
 
 Direction = dict[str, Tensor]
@@ -208,7 +209,7 @@ def in_run_values(
     if order == 1:
         found = value_and_grad_dot(model_fn, params, train, val, precondition=precondition, **options)
         dots, aux = found if has_aux else (found, None)
-        ranks = Ranks.of(group, dots.losses.device)
+        ranks = Ranks.of(group_of(params, group), dots.losses.device)
         n = len(dots.losses)
         first = dots.dots * lr / (n if ranks is None else ranks.total(n))
         values = InRunValues(dots.losses, dots.val_losses, dots.grads, first, torch.zeros_like(first), first.clone())
@@ -233,6 +234,12 @@ def _check_lr(lr: float | Tensor) -> None:
 
 
 def _terms(call: Call, train: Any, val: Any, precondition: Precondition | None) -> _Terms:
+    if any(map(is_sharded, call.params.values())):
+        raise NotImplementedError(
+            "second order with sharded parameters: the Hessian's product is a derivative of the backward, which does "
+            "not go through the gathering of shards. Use first order (ghost_grad_dot, in_run_values(order=1)), or "
+            "unsharded parameters."
+        )
     train, val = plain(train), plain(val)
     with call.together():
         n, m = batch_size(train, "train"), batch_size(val, "val")

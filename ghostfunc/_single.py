@@ -18,6 +18,7 @@ from ghostfunc._functionalize import ModelFn
 from ghostfunc._many import ghost_quantities
 from ghostfunc._quantities import Clip, Gram, Norms, Stream
 from ghostfunc._ranks import Group
+from ghostfunc._sharded import group_of
 from ghostfunc._tiles import Tile
 from ghostfunc._transforms import ghost_grad_dot
 
@@ -36,6 +37,7 @@ def ghost_grad_norm(
     on_unsupported: str = "raise",
     randomness: str = "different",
     segments: Tensor | None = None,
+    group: Group | None = None,
 ) -> Any:
     """Norms of each sample's gradient: |grad l_b|.
 
@@ -53,6 +55,7 @@ def ghost_grad_norm(
         on_unsupported: as in `ghost_grad_dot`.
         randomness: as in `ghost_grad_dot`.
         segments: as in `ghost_grad_dot`.
+        group: as in `ghost_grad_along`.
 
     Returns:
         The norms; with `has_aux`, `(norms, aux)`.
@@ -71,7 +74,7 @@ def ghost_grad_norm(
         >>> gf.ghost_grad_norm(model_fn, params, batch, out="param sample")["bias"].shape
         torch.Size([5])
     """
-    call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness)
+    call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness, group)
     axes = parse(out, ("param", "layer", "train", "token"))
     if "train" not in axes.tensor:  # a norm is of one sample's gradient
         if "token" not in axes.tensor:
@@ -138,6 +141,7 @@ def ghost_grad_gram(
         >>> gf.ghost_grad_gram(model_fn, params, batch).shape
         torch.Size([5, 5])
     """
+    group = group_of(params, group)
     if other is not None or group is not None:
         other = batch if other is None else other
         parse(out, ("param", "layer", "train", "other"))

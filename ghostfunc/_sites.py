@@ -17,6 +17,7 @@ from ghostfunc._operations import op_name, tensors_in, with_leaves
 from ghostfunc._parts import SELECTIONS, Part, part_of
 from ghostfunc._randomness import RandomState
 from ghostfunc._sample_axis import Lost, Partition, RowMap, SampleAxis, Samples
+from ghostfunc._sharded import Shard
 
 ISOMETRIES = frozenset(
     "t transpose swapaxes permute movedim view reshape flatten unflatten squeeze unsqueeze contiguous clone alias "
@@ -66,6 +67,7 @@ class Tracked:
         unseen: where an operation used the sentinel itself: how.
         stale: what made the values of a derived tensor others than these.
         sites: the uses with data.
+        shard: for a sharded parameter: where its values are; `real` is then zeros that take no memory.
     """
 
     names: tuple[str, ...]
@@ -76,6 +78,12 @@ class Tracked:
     unseen: str = ""
     stale: str = ""
     sites: list[Site] = field(default_factory=list)
+    shard: Shard | None = None
+
+    @property
+    def leaf(self) -> Tensor:
+        """Of a parameter: what the backward differentiates with respect to."""
+        return self.real if self.shard is None else self.shard.leaf
 
     def replay(self, values: Mapping[str, Tensor]) -> Tensor:
         """The tensor again, from other values of the parameters."""
@@ -102,7 +110,13 @@ class Tracked:
     @cached_property
     def part(self) -> Part | None:
         """Which entries of the parameter, where they are a box of them."""
-        return None if self.root is None else part_of(self.root.real, self.real)
+        root = self.root
+        if root is None:
+            return None
+        if root.shard is None or root is self:
+            return part_of(root.real, self.real)
+        whole = self.real._base
+        return part_of(whole, self.real) if whole is not None and root.shard.gave(whole) else None
 
     def transposed_base(self) -> Tracked | None:
         """The tracked matrix that this one is the transpose of."""

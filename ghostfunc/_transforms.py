@@ -292,6 +292,7 @@ def ghost_grad_along(
     on_unsupported: str = "raise",
     randomness: str = "different",
     segments: Tensor | None = None,
+    group: Group | None = None,
 ) -> Any:
     """Dot products of each sample's gradient with a direction: d[b] = <grad l_b, direction>.
 
@@ -311,6 +312,7 @@ def ghost_grad_along(
         on_unsupported: as in `ghost_grad_dot`.
         randomness: as in `ghost_grad_dot`.
         segments: as in `ghost_grad_dot`.
+        group: as in `ghost_grad_dot`: nothing is summed over ranks here, and what one rank raises, all raise.
 
     Returns:
         `[B]`, or a dict of them; with `rank`, `BoundedDots(dots, bound)`; with `has_aux`, `(dots, aux)`.
@@ -327,20 +329,21 @@ def ghost_grad_along(
         >>> gf.ghost_grad_along(model_fn, params, batch, {k: torch.ones_like(p) for k, p in params.items()}).shape
         torch.Size([5])
     """
-    call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness, memory=memory)
+    call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness, group, memory)
     available = tuple(axis for axis in ALL_AXES if axis != "val")
     asked = asked_of(out, available, "sum", layer_of, heads, rank, call.dtype)
     batch = plain(batch)
-    samples = batch_size(batch, "given")
-    units = units_of(batch, samples, segments, token=asked.axes.has("token"))
-    products = asked.along(call, units.runs, one_direction(direction, call))
-    how = {"train": units.runs, "segments": units.segments}
-    if asked.by_head:
-        result = call.run(batch, samples, factors=call.names, **how)
-        columns = by_head(call, products, result, units, asked)
-    else:
-        result = call.contracted(products, batch, samples, **how)
-        columns = product_columns(products, result, call.names)
+    with call.together():
+        samples = batch_size(batch, "given")
+        units = units_of(batch, samples, segments, token=asked.axes.has("token"))
+        products = asked.along(call, units.runs, one_direction(direction, call))
+        how = {"train": units.runs, "segments": units.segments}
+        if asked.by_head:
+            result = call.run(batch, samples, factors=call.names, **how)
+            columns = by_head(call, products, result, units, asked)
+        else:
+            result = call.contracted(products, batch, samples, **how)
+            columns = product_columns(products, result, call.names)
     dots, bound = asked.arranged(columns, units, 1), asked.bound(products, result, call.names, units, 1)
     dots = dots if bound is None else BoundedDots(dots, bound)
     return (dots, result.aux) if has_aux else dots
@@ -357,6 +360,7 @@ def ghost_factors(
     on_unsupported: str = "raise",
     randomness: str = "different",
     segments: Tensor | None = None,
+    group: Group | None = None,
 ) -> Any:
     """The factors of every parameter's per-sample gradients, as values.
 
@@ -374,6 +378,7 @@ def ghost_factors(
         on_unsupported: as in `ghost_grad_dot`.
         randomness: as in `ghost_grad_dot`.
         segments: as in `ghost_grad_dot`.
+        group: as in `ghost_grad_along`.
 
     Returns:
         `(losses[B], {name: [Outer | Gather | Dense, ...]})`, one factor for each use; an empty list for a
@@ -390,12 +395,12 @@ def ghost_factors(
         >>> factors["weight"][0].a.shape, factors["weight"][0].g.shape
         (torch.Size([2, 1, 4]), torch.Size([2, 1, 3]))
     """
-    call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness)
+    call = checked(model_fn, params, dtype, layers, has_aux, on_unsupported, randomness, group)
     batch = plain(batch)
-    samples = batch_size(batch, "given")
-    units = units_of(batch, samples, segments, token=False)
-    result = call.run(batch, samples, train=units.runs, factors=call.names, segments=units.segments)
-    with unrecorded():
+    with call.together(), unrecorded():
+        samples = batch_size(batch, "given")
+        units = units_of(batch, samples, segments, token=False)
+        result = call.run(batch, samples, train=units.runs, factors=call.names, segments=units.segments)
         factors: dict[str, list[Factor]] = {
             name: [base_factor(result, s, result.factors[s].part(0, units.count), name) for s in result.sites(name)]
             for name in call.params
