@@ -6,7 +6,6 @@ gradients that are already there. So `.grad` gets the mean *training* gradient t
 and loss scaling, clipping and any optimizer work unchanged. Nothing is hooked, patched or stored on the module.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,38 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ghostfunc._engine_batch import AttachedBatch, as_batch, positions, require_one_of, size_of
+from ghostfunc._engine_batch import AttachedBatch, as_batch, positions, require_finite, require_one_of, size_of
 from ghostfunc._engine_gradient import Pending, loss_with_gradient
+from ghostfunc._engine_output import EngineOutput
+from ghostfunc._engine_ranks import average_gradients, together
 from ghostfunc._engine_scores import Scorer, Scores
 from ghostfunc._functionalize import LossFn, _default_call
 from ghostfunc._losses import causal_lm_loss
+from ghostfunc._ranks import Group, Ranks
 from ghostfunc._sample_ids import SampleIds, names_of, split_ids
+from ghostfunc._sharded import is_sharded
 from ghostfunc.dotlog import DotLog
 
 _OUTS = ("train", "param train", "train val")
 _SCHEDULES = ("auto", "joint", "two-phase")
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class EngineOutput:
-    """What `engine(X, Y)` returns.
-
-    Attributes:
-        loss: the mean training loss, a scalar whose `backward()` adds the mean training gradient to `.grad`.
-        losses: `[n]`, the loss of each training sample.
-        val_losses: `[m]`, the loss of each validation sample; None under `method="Regular"`.
-        dots: `[n]`, <grad l_i, mean_j grad l_j>, i a training and j a validation sample (or what `out` asks for); None
-            under `method="Regular"`. Free of the loss's scaling and of any division by micro-steps.
-        values: `[n]`, In-Run Data Shapley values, as at `GradDotProdEngine.values`.
-        second_order: `[n]`, as at `GradDotProdEngine.second_order`.
-    """
-
-    loss: Tensor
-    losses: Tensor
-    val_losses: Tensor | None
-    dots: Any
-    values: Tensor | None = None
-    second_order: Tensor | None = None
 
 
 class GradDotProdEngine:
@@ -76,13 +57,17 @@ class GradDotProdEngine:
         dtype: of the dots, as in `value_and_grad_dot`.
         order: 1, or 2 for the values' second-order part as well, by `in_run_values`: a Hessian-vector product of the
             validation loss at each call. Needs `optimizer`. Dots are the same to rounding.
+        group: the process group whose ranks train together, as in `ghost_grad_dot`: every rank calls the engine with
+            its share of the samples, and has the dots of these; the validation batch is this rank's share too, or on
+            every rank the whole. By default the ranks that the module is wrapped for (`DistributedDataParallel`,
+            `fully_shard`), or none.
 
     Attributes:
         dots: the last call's dots, detached; None before.
         values: `[n]`, the last call's values, `lr / n * dot + second_order`: the decrease of the mean validation loss
             that the sample makes in a step on this micro-batch, in the loss's unit (In-Run Data Shapley, arXiv
-            2406.11011, section 4). None before, and without an optimizer. Such a step is
-            `lr * precondition(gradient)`: plain gradient descent, unless a `precondition` says otherwise
+            2406.11011, section 4); n counts the samples of all ranks. None before, and without an optimizer. Such a
+            step is `lr * precondition(gradient)`: plain gradient descent, unless a `precondition` says otherwise
             (`gf.adam(optimizer, model)`); clipping, momentum and weight decay are in it only as far as the
             precondition has them. Under accumulation over k equal micro-batches divide first-order values by k.
         second_order: `[n]`, the second-order part of `values`; None for order 1. Its sum over j runs over the samples
@@ -92,6 +77,10 @@ class GradDotProdEngine:
     Raises:
         ValueError: for an unknown `out`, `schedule` or `order`, or a `save_interval` below 1; for order 2 without an
             optimizer, or with an `out` or a `schedule` other than the default.
+
+    On several ranks `loss.backward()` leaves a share in `.grad`, and `prepare_gradients()`, which has to come before
+    the optimizer's step, its mean over the ranks: the mean training gradient of all ranks' samples, reduced once for
+    all micro-batches of a step. What backwards of other losses have left in `.grad` is averaged with it.
 
     Under autocast (`with torch.autocast(...)` around the call) forwards run in the autocast dtype, and backwards, as
     they do in a plain loop, outside it. Under float16 the engine scales losses inside and takes the scale out again,
@@ -128,6 +117,7 @@ class GradDotProdEngine:
         precondition: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
         dtype: torch.dtype | None = None,
         order: int = 1,
+        group: Group | None = None,
     ) -> None:
         require_one_of("out", out, _OUTS)
         require_one_of("schedule", schedule, _SCHEDULES)
@@ -152,7 +142,7 @@ class GradDotProdEngine:
         options = {"layers": layers, "precondition": precondition, "dtype": dtype}
         self._order = order
         self._scorer = Scorer(
-            loss, self.call, order, options if order == 2 else options | {"out": out, "schedule": schedule}
+            loss, self.call, order, options if order == 2 else options | {"out": out, "schedule": schedule}, group
         )
         self._val_batch = None if val_batch is None else self._as_val_batch(val_batch)
         self._attached: AttachedBatch | None = None
@@ -160,6 +150,7 @@ class GradDotProdEngine:
         self._micro_batches = 1  # of the step before
         self._unlogged: list[dict[str, Any]] = []
         self._pending = Pending()
+        self._shares_at: int | None = None  # the parameters' version, where `.grad` has shares of several ranks
         self._detached = False
 
     def attach_train_batch(
@@ -202,48 +193,23 @@ class GradDotProdEngine:
             The losses and dots; `.loss.backward()` deposits the gradient.
 
         Raises:
-            RuntimeError: if the engine is detached for evaluation, or has a log and no attached batch.
+            RuntimeError: if the engine is detached for evaluation, or has a log and no attached batch; on several
+                ranks, if parameters changed without `prepare_gradients`, or the call of another rank raised.
             ValueError: if there is no validation batch, the batch differs in size from the attached one, or Y does not
                 fit X; for order 2, at the second call with an attached batch of one iteration.
             NotImplementedError: for order 2 under float16 autocast.
             FloatingPointError: if a loss, a dot or a value is not finite; the message names the samples.
         """
-        batch = self._batch_of_call(X, Y, inputs)
-        if self._detached:
-            raise RuntimeError(
-                "the engine is detached for evaluation: call the module itself for evaluation losses, and "
-                "reattach_after_evaluation() before the next training step."
-            )
-        if self.log is not None and self._attached is None:
-            raise RuntimeError(
-                "the engine has a log but no attached batch: call attach_train_batch(X, Y, iteration, batch_idx) "
-                "before each engine(X, Y), micro-steps included, so that the log knows its samples."
-            )
-        n = size_of(batch)
-        if self._attached is not None and len(self._attached.sample_ids) != n:
-            raise ValueError(
-                f"the engine was called with {n} samples, but attach_train_batch was given "
-                f"{len(self._attached.sample_ids)}; attach the batch that the call will see."
-            )
-        if self._val_batch is None:
-            raise ValueError("no validation batch: pass val_batch, or call update_validation_batch(X_val, Y_val).")
-        micro_step = self._micro_step()
-        if self._order == 2 and micro_step > 0:
-            raise ValueError(
-                "order=2 needs the whole batch of an optimizer's step in one call, because its samples interact; this "
-                "is the second call of one iteration. Enlarge the batch, or use order=1."
-            )
-        scores = self._scores(batch, micro_step)
-        dots = scores.dots_per_sample
-        self._require_finite("dot", dots, self._sample_names(n))
+        ranks = self._scorer.ranks(self.module)
+        with together(ranks):
+            batch = self._batch_of_call(X, Y, inputs)
+            micro_step = self._check_call(size_of(batch))
+            if ranks is not None:
+                self._require_averaged()
+        scores = self._scores(batch, micro_step, ranks)
         learning_rate = float(self.optimizer.param_groups[0]["lr"]) if self.optimizer else math.nan
-        values = None if math.isnan(learning_rate) else learning_rate / n * dots
-        second_order = None
-        if values is not None and scores.curved is not None:
-            second_order = learning_rate**2 * scores.curved
-            self._require_finite("second-order term", second_order, self._sample_names(n))
-            values = values + second_order
-
+        with together(ranks):
+            dots, values, second_order = self._finite_values(scores, learning_rate)
         self.losses, self.dots, self.values, self.second_order = scores.losses, scores.dots, values, second_order
         if self._attached is not None:
             self._latest = (self._attached.iteration, micro_step)
@@ -256,18 +222,18 @@ class GradDotProdEngine:
     def prepare_gradients(self) -> None:
         """Check, before the optimizer's step, that every call's `loss.backward()` has run. `.grad` is then complete.
 
+        On several ranks, each calls it, and `.grad` becomes its mean over them.
+
         Raises:
             RuntimeError: if the engine was not called since the last `prepare_gradients`, or a backward is missing.
         """
-        calls, backwards = self._pending.calls, self._pending.backwards
-        if calls == 0:
-            raise RuntimeError("prepare_gradients: the engine has not been called since the last prepare_gradients().")
-        if backwards < calls:
-            raise RuntimeError(
-                f"prepare_gradients: loss.backward() ran {backwards} times for {calls} engine calls; call it on the "
-                "loss of every engine(X, Y) first, or there is no gradient to step with."
-            )
+        ranks = self._scorer.ranks(self.module)
+        with together(ranks):
+            self._require_backwards()
+        if ranks is not None:
+            average_gradients(self.module, ranks)
         self._pending = Pending()
+        self._shares_at = None
         self._scorer.forget()
 
     def aggregate_and_log(self) -> None:
@@ -354,12 +320,75 @@ class GradDotProdEngine:
     def _as_val_batch(self, val_batch: Any) -> Any:
         return self._as_batch(*val_batch) if isinstance(val_batch, (tuple, list)) else self._as_batch(val_batch, None)
 
-    def _scores(self, batch: Any, micro_step: int) -> Scores:
+    def _check_call(self, n: int) -> int:
+        """Raise where a call with n samples has no place; otherwise its micro-step."""
+        if self._detached:
+            raise RuntimeError(
+                "the engine is detached for evaluation: call the module itself for evaluation losses, and "
+                "reattach_after_evaluation() before the next training step."
+            )
+        if self.log is not None and self._attached is None:
+            raise RuntimeError(
+                "the engine has a log but no attached batch: call attach_train_batch(X, Y, iteration, batch_idx) "
+                "before each engine(X, Y), micro-steps included, so that the log knows its samples."
+            )
+        if self._attached is not None and len(self._attached.sample_ids) != n:
+            raise ValueError(
+                f"the engine was called with {n} samples, but attach_train_batch was given "
+                f"{len(self._attached.sample_ids)}; attach the batch that the call will see."
+            )
+        if self._val_batch is None:
+            raise ValueError("no validation batch: pass val_batch, or call update_validation_batch(X_val, Y_val).")
+        micro_step = self._micro_step()
+        if self._order == 2 and micro_step > 0:
+            raise ValueError(
+                "order=2 needs the whole batch of an optimizer's step in one call, because its samples interact; this "
+                "is the second call of one iteration. Enlarge the batch, or use order=1."
+            )
+        return micro_step
+
+    def _require_averaged(self) -> None:
+        """Raise if the optimizer has stepped on the shares of one rank."""
+        version = sum(p._version for p in self.module.parameters())
+        if self._shares_at not in (None, version):
+            raise RuntimeError(
+                "the parameters have changed since the engine's last call, without prepare_gradients(): it takes the "
+                "mean of the gradients over the ranks, and must come before optimizer.step(), or the ranks drift apart."
+            )
+        self._shares_at = version
+
+    def _require_backwards(self) -> None:
+        calls, backwards = self._pending.calls, self._pending.backwards
+        if calls == 0:
+            raise RuntimeError("prepare_gradients: the engine has not been called since the last prepare_gradients().")
+        if backwards < calls:
+            raise RuntimeError(
+                f"prepare_gradients: loss.backward() ran {backwards} times for {calls} engine calls; call it on the "
+                "loss of every engine(X, Y) first, or there is no gradient to step with."
+            )
+
+    def _finite_values(self, scores: Scores, learning_rate: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Dots per sample, values, and the second-order part of these."""
+        dots = scores.dots_per_sample
+        names = self._sample_names(len(dots))
+        self._require_finite("dot", dots, names)
+        if math.isnan(learning_rate):
+            return dots, None, None
+        values = learning_rate / scores.all_n * dots
+        if scores.curved is None:
+            return dots, values, None
+        second_order = learning_rate**2 * scores.curved
+        self._require_finite("second-order term", second_order, names)
+        return dots, values + second_order, second_order
+
+    def _scores(self, batch: Any, micro_step: int, ranks: Ranks | None) -> Scores:
         device = next(self.module.parameters()).device
         val_batch = pytree.tree_map_only(Tensor, lambda t: t.to(device), self._val_batch)
         try:
             return self._scorer.scores(self.module, batch, val_batch, self._shared_step(micro_step))
         except ValueError:
+            if ranks is not None and any(map(is_sharded, self.module.parameters())):
+                raise  # a forward takes all ranks, and this one alone has come here
             # The transform knows rows of the batch; whoever attached the batch wants to read which samples they are.
             val_losses, losses = (self._scorer.losses(self.module, rows) for rows in (val_batch, batch))
             self._require_finite("validation loss", val_losses, positions(len(val_losses)))
@@ -396,15 +425,7 @@ class GradDotProdEngine:
         )
 
     def _require_finite(self, what: str, values: Tensor, names: list[str]) -> None:
-        if values.isfinite().all():
-            return
-        bad = (~values.isfinite()).nonzero().flatten().tolist()
-        shown = "; ".join(f"{names[i]} ({values[i].item():g})" for i in bad[:8])
-        when = f" in iteration {self._attached.iteration}" if self._attached is not None else ""
-        raise FloatingPointError(
-            f"the {what} of {len(bad)} of {len(values)} samples is not finite{when}: {shown}. Nothing was logged or "
-            "deposited. Look at these samples, lower the learning rate, or clip gradients."
-        )
+        require_finite(what, values, names, None if self._attached is None else self._attached.iteration)
 
     def _sample_names(self, n: int) -> list[str]:
         return positions(n) if self._attached is None else names_of(self._attached.sample_ids, self._attached.domains)

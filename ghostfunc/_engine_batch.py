@@ -65,6 +65,19 @@ def positions(n: int) -> list[str]:
     return [f"position {i}" for i in range(n)]
 
 
+def require_finite(what: str, values: Tensor, names: list[str], iteration: int | None) -> None:
+    """Raise FloatingPointError, which names the samples, if values `[n]` are not finite."""
+    if values.isfinite().all():
+        return
+    bad = (~values.isfinite()).nonzero().flatten().tolist()
+    shown = "; ".join(f"{names[i]} ({values[i].item():g})" for i in bad[:8])
+    when = "" if iteration is None else f" in iteration {iteration}"
+    raise FloatingPointError(
+        f"the {what} of {len(bad)} of {len(values)} samples is not finite{when}: {shown}. Nothing was logged or "
+        "deposited. Look at these samples, lower the learning rate, or clip gradients."
+    )
+
+
 def tensors_by_name(batch: Any) -> dict[str, Tensor]:
     """The tensors of a batch under names, for the log."""
     if isinstance(batch, Mapping):

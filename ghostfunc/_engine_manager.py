@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from ghostfunc._engine import EngineOutput, GradDotProdEngine
+from ghostfunc._engine import GradDotProdEngine
 from ghostfunc._engine_batch import require_one_of, tensors_by_name
+from ghostfunc._engine_output import EngineOutput
+from ghostfunc._engine_ranks import average_gradients
 from ghostfunc._functionalize import LossFn
 from ghostfunc._losses import causal_lm_loss
 from ghostfunc.dotlog import DotLog
@@ -27,17 +30,20 @@ class GhostEngineManager(GradDotProdEngine):
             values are stored with the log, except those that JSON cannot hold.
         model: the module.
         optimizer: its optimizer.
-        ddp_info: a mapping; where `master_process` is false, this process writes no log.
-        val_data: `(X_val, Y_val)`.
+        ddp_info: a mapping; where `master_process` is false and there is but one rank, this process writes no log.
+        val_data: `(X_val, Y_val)`; on several ranks this rank's share, or on each the whole.
         loss: as in `GradDotProdEngine`.
         call: as in `GradDotProdEngine`.
         precondition: as in `GradDotProdEngine`.
 
     Raises:
         ValueError: for an unknown method, or no `val_data` under GradDotProd.
-        NotImplementedError: for GradDotProd in a process group of several ranks.
 
     Under `"Regular"`, `ghost_engine(X, Y)` is a plain forward with the same loss, and every other verb does nothing.
+
+    Where torch.distributed's default group has several ranks, these train together, as under `GradDotProdEngine`'s
+    `group`, and each logs its own samples: `read_dot_log` has them all. `"Regular"` then averages gradients over the
+    ranks in `prepare_gradients`, but those of `DistributedDataParallel` and of sharded parameters, which are averages.
 
     Example:
         >>> import torch, ghostfunc as gf
@@ -73,11 +79,7 @@ class GhostEngineManager(GradDotProdEngine):
         self.is_regular = self.method == "Regular"
         if not self.is_regular and val_data is None:
             raise ValueError("GradDotProd needs val_data=(X_val, Y_val), the batch that the dots refer to.")
-        if not self.is_regular and world_size() > 1:
-            raise NotImplementedError(
-                f"GradDotProd runs in one process; this one is of {world_size()}, and gradients would not be reduced "
-                'over them. Start one process, or use method="Regular".'
-            )
+        ranks = world_size()
         super().__init__(
             model,
             None if self.is_regular else val_data,
@@ -90,9 +92,11 @@ class GhostEngineManager(GradDotProdEngine):
             schedule=settings.get("schedule", "auto"),
             precondition=precondition,
             order=1 if self.is_regular else settings.get("order", 1),
+            group=torch.distributed.group.WORLD if ranks > 1 else None,
         )
         result_dir = settings.get("result_dir")
-        if not self.is_regular and result_dir is not None and (ddp_info or {}).get("master_process", True):
+        logs = ranks > 1 or (ddp_info or {}).get("master_process", True)
+        if not self.is_regular and result_dir is not None and logs:
             storable = {key: value for key, value in settings.items() if _is_storable(value)}
             self.log = DotLog(Path(result_dir) / "dot_log", config=storable, val_batch=tensors_by_name(self._val_batch))
 
@@ -106,9 +110,13 @@ class GhostEngineManager(GradDotProdEngine):
         return EngineOutput(losses.mean(), self.losses, None, None)
 
     def prepare_gradients(self) -> None:
-        """Under "Regular", do nothing; otherwise as `GradDotProdEngine.prepare_gradients`."""
+        """As `GradDotProdEngine.prepare_gradients`; under "Regular", average gradients over the ranks, if need be."""
         if not self.is_regular:
             super().prepare_gradients()
+            return
+        ranks = self._scorer.ranks(self.module)
+        if ranks is not None and not isinstance(self.module, DistributedDataParallel):
+            average_gradients(self.module, ranks)
 
 
 def _as_dict(config: Any) -> dict[str, Any]:

@@ -50,15 +50,16 @@ def write_rows(path: Path, table: Any) -> None:
     )
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, alone: bool = False) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, alone: bool = False, by: str = "") -> None:
     """Let `write` fill a file that is at `path` whole, or not at all; when it fails, nothing is left beside it.
 
     Args:
         path: where the file will be.
         write: is given the open file.
         alone: raise FileExistsError if another process is at it, or a killed one has left a temporary file.
+        by: tells the temporary files of processes apart that write the same file.
     """
-    temporary = path.with_name(path.name + TEMPORARY)
+    temporary = path.with_name(path.name + by + TEMPORARY)
     file = temporary.open("xb" if alone else "wb")
     try:
         with file:

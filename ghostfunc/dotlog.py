@@ -2,7 +2,8 @@
 
 A log is a folder: `config.json` and `val_batch.safetensors`, written once, and one
 `dots-<iteration>-<micro step>.parquet` per save, named after its first row, so that names sort as rows do. Every file
-is written beside its place, synced to disk and moved there: it is there whole, or not at all.
+is written beside its place, synced to disk and moved there: it is there whole, or not at all. In a run of several ranks
+each writes its own files: rank 0 under these names, the others with `-rank<rank>` in them.
 """
 
 import json
@@ -11,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -33,8 +34,16 @@ if TYPE_CHECKING:
     import pyarrow
 
 _CONFIG = "config.json"
-_VAL_BATCH = "val_batch.safetensors"
-_ROWS = re.compile(r"dots-(\d+)-(\d+)\.parquet")
+_ROWS = re.compile(r"dots-(\d+)-(\d+)(?:-rank(\d+))?\.parquet")
+_RANK = re.compile(r"-rank(\d+)\.")
+
+
+class _First(NamedTuple):
+    """What the name of a file says: its first row, and whose it is."""
+
+    iteration: int
+    micro_step: int
+    rank: int
 
 
 class DotLog:
@@ -45,10 +54,12 @@ class DotLog:
     that it will repeat.
 
     Args:
-        folder: where the log lives; made if it is not there. One process at a time may write to it. Temporary files
-            that a killed run left are removed.
+        folder: where the log lives; made if it is not there. Every rank of a run may have the same folder, and one
+            process of each rank may write to it at a time. Temporary files that a killed run left are removed.
         config: what produced the numbers; anything that JSON holds, `Path`, `torch.dtype` and `torch.device` as text.
-        val_batch: the tensors of the validation batch that the dots refer to, by name.
+        val_batch: the tensors of the validation batch that the dots refer to, by name; in a run of several ranks, this
+            rank's share of them.
+        rank: this process's rank; by default torch.distributed's, 0 without it.
 
     Raises:
         ImportError: without pyarrow; `pip install "ghostfunc[log]"` brings it.
@@ -68,13 +79,21 @@ class DotLog:
     """
 
     def __init__(
-        self, folder: str | os.PathLike, *, config: Mapping, val_batch: Mapping[str, Tensor] | None = None
+        self,
+        folder: str | os.PathLike,
+        *,
+        config: Mapping,
+        val_batch: Mapping[str, Tensor] | None = None,
+        rank: int | None = None,
     ) -> None:
         _import_pyarrow()
         self.folder = Path(folder)
+        self.rank = own_rank() if rank is None else rank
+        self._suffix = f"-rank{self.rank:04d}" if self.rank else ""
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob("*" + TEMPORARY):
-            leftover.unlink()
+            if _rank_in(leftover.name) == self.rank:
+                leftover.unlink()
         self._write_config(config)
         if val_batch is not None:
             self._write_val_batch(val_batch)
@@ -149,16 +168,17 @@ class DotLog:
         if table.num_rows == 0:
             return None
         iteration, micro_step = table["iteration"][0].as_py(), table["micro_step"][0].as_py()
-        path = self.folder / f"dots-{iteration:012d}-{micro_step:06d}.parquet"
+        path = self.folder / f"dots-{iteration:012d}-{micro_step:06d}{self._suffix}.parquet"
         write_rows(path, table)
         self._buffer = []
         return path
 
     def resume(self, iteration: int) -> None:
-        """Drop the rows of `iteration` and later, because a resumed run will write them again.
+        """Drop the rows of `iteration` and later, those of all ranks, because a resumed run will write them again.
 
         Later files are removed, newest first, and the one that the cut goes through is replaced by its earlier part in
-        one move: a kill in between leaves a log without gaps, and calling `resume` again finishes the work.
+        one move: a kill in between leaves a log without gaps, and calling `resume` again finishes the work. In a run of
+        several ranks one process calls it, before the others open the folder.
 
         Args:
             iteration: the first iteration that will be written again; 0 empties the log.
@@ -168,15 +188,21 @@ class DotLog:
         """
         pa = _import_pyarrow()
         self._buffer = [rows for rows in self._buffer if rows["iteration"][0].as_py() < iteration]
+        for leftover in self.folder.glob("*" + TEMPORARY):
+            leftover.unlink()
+        is_done: set[int] = set()  # ranks: the files before one that lies before the cut do so too
         for path in reversed(_row_files(self.folder)):
-            if _first_row(path)[0] >= iteration:
+            first = _first_row(path)
+            if first.rank in is_done:
+                continue
+            if first.iteration >= iteration:
                 path.unlink()
                 continue
             table = _read_rows(path)
             earlier = table.filter(pa.compute.less(table["iteration"], iteration))
             if earlier.num_rows < table.num_rows:
                 write_rows(path, earlier)
-            break  # rows are in the order of the run: files before this one lie wholly before the cut
+            is_done.add(first.rank)
         sync_folder(self.folder)
         self._newest = None
 
@@ -185,7 +211,7 @@ class DotLog:
             if self._buffer:
                 newest = self._buffer[-1]
             else:
-                files = _row_files(self.folder)
+                files = [path for path in _row_files(self.folder) if _first_row(path).rank == self.rank]
                 newest = _read_rows(files[-1]) if files else None
             self._newest = (newest["iteration"][-1].as_py(), newest["micro_step"][-1].as_py()) if newest else (-1, -1)
         return self._newest
@@ -194,7 +220,7 @@ class DotLog:
         path = self.folder / _CONFIG
         text = _to_json(config)
         if not path.exists():
-            write_atomically(path, lambda file: file.write(text.encode()))
+            write_atomically(path, lambda file: file.write(text.encode()), by=self._suffix)
             return
         stored = path.read_text()
         if stored != text:
@@ -213,7 +239,7 @@ class DotLog:
             )
 
     def _write_val_batch(self, val_batch: Mapping[str, Tensor]) -> None:
-        path = self.folder / _VAL_BATCH
+        path = self.folder / f"val_batch{self._suffix}.safetensors"
         # Copies, because safetensors refuses tensors that share memory, as inputs and labels often do.
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in val_batch.items()}
         if not path.exists():
@@ -233,23 +259,25 @@ class DotLog:
             )
 
 
-def read_dot_log(folder: str | os.PathLike) -> "pyarrow.Table":
-    """Read a log as one table.
+def read_dot_log(folder: str | os.PathLike | Sequence[str | os.PathLike]) -> "pyarrow.Table":
+    """Read a log as one table, the rows of all ranks together.
 
     Args:
-        folder: the log's folder, or a run's folder with `dot_log/` in it. The run may still be writing.
+        folder: the log's folder, or a run's folder with `dot_log/` in it. The run may still be writing. Several
+            folders for the parts of one log, which ranks without a common disk have written.
 
     Returns:
         Columns iteration (int64), micro_step (int32), sample_id (int64), domain (string), loss (float32),
-        learning_rate (float64), dot (float64); a row per sample and micro-step, sorted by iteration, micro_step and
-        position in the batch. `dot` is <grad l_i, mean_j grad l_j>: positive where a plain gradient step on sample i
-        lowers the validation loss. Where the log has it (`order=2`), a last column second_order (float64): the value of
-        the sample in the step is then learning_rate / n * dot + second_order.
+        learning_rate (float64), dot (float64); a row per sample and micro-step, sorted by iteration, micro_step, rank
+        and position in the batch. `dot` is <grad l_i, mean_j grad l_j>: positive where a plain gradient step on sample
+        i lowers the validation loss. Where the log has it (`order=2`), a last column second_order (float64): the value
+        of the sample in the step is then learning_rate / n * dot + second_order, n being the samples of all ranks.
 
     Raises:
         ImportError: without pyarrow; `pip install "ghostfunc[log]"` brings it.
-        FileNotFoundError: if there is no log in the folder.
-        ValueError: if a file is damaged; the message names it.
+        FileNotFoundError: if there is no log in a folder.
+        ValueError: if a file is damaged, or two folders have rows of the same rank and micro-step; the message names
+            it.
 
     Example:
         >>> import tempfile, ghostfunc.dotlog as dotlog
@@ -257,17 +285,51 @@ def read_dot_log(folder: str | os.PathLike) -> "pyarrow.Table":
         >>> dotlog.read_dot_log(log.folder).num_rows
         0
     """
-    _import_pyarrow()
-    log_folder = Path(folder)
-    if (log_folder / "dot_log").is_dir():
-        log_folder = log_folder / "dot_log"
-    files = _row_files(log_folder)
-    if not files and not (log_folder / _CONFIG).exists():
+    pa = _import_pyarrow()
+    folders = [folder] if isinstance(folder, (str, os.PathLike)) else list(folder)
+    read = [(path, _read_rows(path)) for part in folders for path in _files_of_log(Path(part))]
+    _require_one_log(read)
+    if len(folders) == 1 and {_first_row(path).rank for path, _ in read} <= {0}:
+        return _concatenated([table for _, table in read])  # in the order of the run already
+    ranks = [pa.array([_first_row(path).rank] * len(table), pa.int32()) for path, table in read]
+    rows = _concatenated([table.append_column("rank", rank) for (_, table), rank in zip(read, ranks, strict=True)])
+    rows = rows.sort_by([(name, "ascending") for name in ("iteration", "micro_step", "rank")])
+    return rows.select([name for name in rows.column_names if name != "rank"])
+
+
+def _files_of_log(folder: Path) -> list[Path]:
+    if (folder / "dot_log").is_dir():
+        folder = folder / "dot_log"
+    files = _row_files(folder)
+    if not files and not (folder / _CONFIG).exists():
         raise FileNotFoundError(
-            f"{log_folder} is not a dot log: it has no {_CONFIG} and no dots-*.parquet. Expected a log's folder, or a "
+            f"{folder} is not a dot log: it has no {_CONFIG} and no dots-*.parquet. Expected a log's folder, or a "
             "run's folder with dot_log/ in it."
         )
-    return _concatenated(list(map(_read_rows, files)))
+    return files
+
+
+def _require_one_log(read: Sequence[tuple[Path, Any]]) -> None:
+    """Raise if two folders have rows of the same rank and micro-step: these are no parts of one log."""
+    if len({path.parent for path, _ in read}) < 2:
+        return
+    found_in: dict[tuple[int, int, int], Path] = {}
+    for path, table in read:
+        rank = _first_row(path).rank
+        steps = (table[name].to_pylist() for name in ("iteration", "micro_step"))
+        for iteration, micro_step in set(zip(*steps, strict=True)):
+            other = found_in.setdefault((iteration, micro_step, rank), path)
+            if other.parent != path.parent:
+                raise ValueError(
+                    f"{path} and {other} both have iteration {iteration}, micro_step {micro_step} of rank {rank}: "
+                    "several folders are read as the parts of one run, in which each rank has written to one of them."
+                )
+
+
+def own_rank() -> int:
+    """This process's rank in the default process group; 0 without one."""
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
 def _import_pyarrow() -> Any:
@@ -297,10 +359,15 @@ def _row_files(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("dots-*.parquet") if _ROWS.fullmatch(path.name)), key=_first_row)
 
 
-def _first_row(path: Path) -> tuple[int, int]:
+def _first_row(path: Path) -> _First:
     match = _ROWS.fullmatch(path.name)
     assert match, path
-    return int(match[1]), int(match[2])
+    return _First(int(match[1]), int(match[2]), int(match[3] or 0))
+
+
+def _rank_in(name: str) -> int:
+    found = _RANK.search(name)
+    return int(found[1]) if found else 0
 
 
 def _read_rows(path: Path) -> Any:

@@ -109,6 +109,17 @@ def test_sampling_is_a_function_of_seed_and_step(data_dir):
         assert not torch.equal(train.sample(5, seed=7, step=3).tokens, train.sample(5, seed=seed, step=step).tokens)
 
 
+def test_ranks_draw_together_what_one_draws(data_dir):
+    corpus = load(data_dir).train
+    whole = corpus.sample(6, seed=3, step=4)
+    parts = [corpus.sample(2, seed=3, step=4, rank=rank, ranks=3) for rank in range(3)]
+    assert torch.equal(torch.cat([part.tokens for part in parts]), whole.tokens)
+    assert [offset for part in parts for offset in part.offsets] == whole.offsets
+    assert [domain for part in parts for domain in part.domains] == whole.domains
+    with pytest.raises(ValueError, match="not 30 in each of 3 processes: lower --batch_size"):
+        corpus.sample(30, seed=3, step=4, rank=0, ranks=3)
+
+
 def test_domains_are_drawn_in_proportion_to_their_blocks(data_dir):
     train = load(data_dir).train
     drawn = Counter(domain for step in range(500) for domain in train.sample(6, seed=0, step=step).domains)

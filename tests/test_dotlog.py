@@ -104,6 +104,73 @@ def test_a_run_folder_with_its_own_config_is_read_through_dot_log(tmp_path: Path
     assert read_dot_log(tmp_path).to_pylist() == expected(range(2))
 
 
+def of_rank(rank: int, **row: Any) -> dict[str, Any]:
+    """The rows that a rank has of a micro-step of two ranks: one or two of three samples."""
+    mine = slice(0, 1) if rank == 0 else slice(1, 3)
+    return {name: value if np.isscalar(value) else value[mine] for name, value in row.items()}
+
+
+def write_as_ranks(folders: list[Path], iterations: range, *, save_every: int) -> list[DotLog]:
+    """A log of two ranks, which do not save at the same time."""
+    logs = [DotLog(folder, config={"seed": 1}, rank=rank) for rank, folder in enumerate(folders)]
+    for iteration in iterations:
+        for micro_step in range(2):
+            for rank, log in enumerate(logs):
+                log.append(**of_rank(rank, **rows(iteration, micro_step)))
+                if (iteration + rank) % save_every == save_every - 1:
+                    log.save()
+    for log in logs:
+        log.save()
+    return logs
+
+
+@pytest.mark.parametrize("disks", ["one", "two"])
+def test_the_files_of_all_ranks_are_one_table(tmp_path: Path, disks: str) -> None:
+    folders = [tmp_path] * 2 if disks == "one" else [tmp_path / "a", tmp_path / "b"]
+    write_as_ranks(folders, range(7), save_every=3)
+    assert list(tmp_path.rglob("dots-*-rank0001.parquet"))
+    table = read_dot_log(tmp_path if disks == "one" else [folders[1], folders[0]])
+    assert table.column_names == COLUMNS
+    assert table.to_pylist() == expected(range(7), 2)
+
+
+def test_folders_that_are_no_parts_of_one_log_are_refused(tmp_path: Path) -> None:
+    for name in "ab":
+        write(tmp_path / name, range(2), save_every=1)
+    with pytest.raises(ValueError, match=r"both have iteration [01], micro_step 0 of rank 0"):
+        read_dot_log([tmp_path / "a", tmp_path / "b"])
+    with pytest.raises(FileNotFoundError, match="nowhere is not a dot log"):
+        read_dot_log([tmp_path / "a", tmp_path / "nowhere"])
+
+
+def test_a_resumed_run_may_have_fewer_ranks(tmp_path: Path) -> None:
+    write_as_ranks([tmp_path] * 2, range(8), save_every=3)
+    log = DotLog(tmp_path, config={"seed": 1}, rank=0)
+    log.resume(4)
+    assert read_dot_log(tmp_path).to_pylist() == expected(range(4), 2)
+    for micro_step in range(2):
+        log.append(**rows(4, micro_step))
+    log.save()
+    assert read_dot_log(tmp_path).to_pylist() == expected(range(5), 2)
+
+
+def test_a_rank_goes_on_after_its_own_rows_and_leaves_the_files_of_others(tmp_path: Path) -> None:
+    first, second = write_as_ranks([tmp_path] * 2, range(3), save_every=1)
+    first.append(**of_rank(0, **rows(3)))
+    first.save()
+    being_written = tmp_path / "dots-000000000003-000000.parquet.tmp"
+    being_written.write_bytes(b"by rank 0")
+    second = DotLog(tmp_path, config={"seed": 1}, rank=1)
+    assert being_written.exists()
+    second.append(**of_rank(1, **rows(3)))
+    with pytest.raises(ValueError, match="already goes up to iteration 3"):
+        first.append(**of_rank(0, **rows(3)))
+    second.save()
+    assert read_dot_log(tmp_path).to_pylist() == expected(range(3), 2) + expected(range(4))[-3:]
+    DotLog(tmp_path, config={"seed": 1}, rank=0)
+    assert not being_written.exists()
+
+
 def test_a_folder_named_like_a_partition_adds_no_column(tmp_path: Path) -> None:
     folder = tmp_path / "lr=0.1"
     write(folder, range(1), save_every=1)

@@ -694,16 +694,6 @@ def test_another_validation_batch_under_a_log_is_refused(ready: Ready) -> None:
     engine.update_validation_batch(X, Y)
 
 
-def test_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    task = TASKS["mlp"]
-    model = task.make()
-    with pytest.raises(NotImplementedError, match="runs in one process; this one is of 2"):
-        manager(task, model, adamw(model))
-    manager(task, model, adamw(model), method="Regular")
-
-
 def test_the_same_folder_with_another_configuration_is_refused(ready: Ready) -> None:
     engine, *_ = ready
     task = TASKS["mlp"]

@@ -94,31 +94,36 @@ class TokenCorpus:
         """The number of samples that can be drawn."""
         return int(self._blocks_up_to[-1])
 
-    def sample(self, batch_size: int, *, seed: int, step: int) -> Batch:
+    def sample(self, batch_size: int, *, seed: int, step: int, rank: int = 0, ranks: int = 1) -> Batch:
         """Draw distinct blocks, each with the same probability: domains in proportion to their number of blocks.
 
-        A pure function of `(seed, step)`: no state is kept, so that a resumed run draws what the first would have.
+        A pure function of `(seed, step)`: no state is kept, so that a resumed run draws what the first would have. N
+        ranks draw together the N·B blocks that one draws with a batch size of N·B, each the next B of them.
 
         Args:
-            batch_size: B, at most the number of blocks.
+            batch_size: B; of all ranks at most the number of blocks.
             seed: 0 or more.
             step: 0 or more; another step draws another batch, which may repeat blocks of earlier ones.
+            rank: which part of the draw this is, below `ranks`.
+            ranks: N.
 
         Returns:
             The batch, tokens int64 `[B, T]` on the CPU.
 
         Raises:
-            ValueError: if the corpus has fewer than `batch_size` blocks, or if an argument is negative.
+            ValueError: if the corpus has fewer than `ranks * batch_size` blocks, or if an argument is negative.
         """
-        if not 1 <= batch_size <= self.blocks:
+        if not 1 <= batch_size * ranks <= self.blocks:
+            asked = f"{batch_size} in each of {ranks} processes" if ranks > 1 else batch_size
             raise ValueError(
                 f"batch_size must be from 1 to the number of blocks, {self.blocks} of {self.block_size} tokens in "
-                f"{', '.join(self.domains)}, not {batch_size}: lower --batch_size (or --val_batch_size, --eval_bs) or "
+                f"{', '.join(self.domains)}, not {asked}: lower --batch_size (or --val_batch_size, --eval_bs) or "
                 f"--block_size, or tokenize more text: {_TOKENIZE} --input TEXT --output_dir NEW_FOLDER"
             )
         if seed < 0 or step < 0:
             raise ValueError(f"seed and step must be 0 or more, not {seed} and {step}")
-        return self._batch_of(np.random.default_rng([seed, step]).choice(self.blocks, batch_size, replace=False))
+        drawn = np.random.default_rng([seed, step]).choice(self.blocks, ranks * batch_size, replace=False)
+        return self._batch_of(drawn[rank * batch_size : (rank + 1) * batch_size])
 
     def in_order(self, start: int, stop: int) -> Batch:
         """Blocks by their place in the corpus: one domain after the other, each from its file's beginning on.

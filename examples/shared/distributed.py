@@ -1,6 +1,7 @@
 """Several processes of one command, as torchrun or srun start them: who they are, and what they tell each other."""
 
 import os
+import socket
 import time
 import uuid
 from collections.abc import Iterator
@@ -89,29 +90,33 @@ class Launch:
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor.detach(), 0)
 
-    def keepers(self, folder: Path) -> list[int]:
-        """The first process of each disk: of those that find each other's files in a folder, which is made.
+    def highest(self, value: int) -> int:
+        """The highest of all processes' values."""
+        return max(self.gathered(value))
 
-        One of them for processes that share their disk. Machines with disks of their own have one each.
+    def require_shared(self, folder: Path) -> None:
+        """Raise on every process if they do not find each other's files in a folder, which is made.
 
         Raises:
-            ValueError: if the folder cannot be written; an OSError in the process where it cannot.
+            ValueError: with who does not; an OSError in a process that cannot write there.
         """
         if self.size == 1:
-            return [0]
+            return
         token = self.gathered(uuid.uuid4().hex)[0]
         files = [folder / f".seen-{token}-{rank}" for rank in range(self.size)]
         with self.together():
             folder.mkdir(parents=True, exist_ok=True)
             files[self.rank].touch()
         deadline = time.monotonic() + _UNTIL_SEEN
-        seen = [file.exists() for file in files]
-        while not all(seen) and time.monotonic() < deadline:
+        while not (is_seen := files[0].exists()) and time.monotonic() < deadline:
             time.sleep(0.1)
-            seen = [file.exists() for file in files]
-        firsts = self.gathered(seen.index(True))
+        found = self.gathered((is_seen, socket.gethostname()))
         files[self.rank].unlink()
-        return sorted(set(firsts))
+        if apart := [f"{rank} on {host}" for rank, (is_seen, host) in enumerate(found) if not is_seen]:
+            raise ValueError(
+                f"{folder} is another folder for process {', '.join(apart)} than for process 0 on {found[0][1]}: name "
+                "one that is on a disk of all machines, the same everywhere"
+            )
 
 
 @contextmanager
@@ -120,8 +125,7 @@ def launched(device: str, timeout: float) -> Iterator[Launch]:
 
         with launched(options.device, options.timeout) as launch:
             print("once")
-            if launch.rank in launch.keepers(folder):
-                ...  # once for each disk
+            losses = launch.gathered(own_loss)
 
     torchrun says through RANK, WORLD_SIZE and LOCAL_RANK who a process is, srun through SLURM_PROCID,
     SLURM_STEP_NUM_TASKS and SLURM_LOCALID. Standard output of other processes than the first is dropped meanwhile.

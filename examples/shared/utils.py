@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -96,29 +96,39 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """SIGTERM or Ctrl-C, remembered until the run is at a point from which it can be resumed."""
+    """SIGTERM or Ctrl-C, remembered until the run is at a point from which it can be resumed.
 
-    def __init__(self) -> None:
+    Args:
+        agree: makes one signal of those that several processes have had, 0 being none; all of them then call `check`
+            equally often.
+    """
+
+    def __init__(self, agree: Callable[[int], int] | None = None) -> None:
         self.signum: int | None = None
+        self._agree = agree or (lambda signum: signum)
 
     def check(self) -> None:
         """Raise `Stopped` if a signal has come."""
-        if self.signum is not None:
-            raise Stopped(self.signum)
+        if signum := self._agree(self.signum or 0):
+            raise Stopped(signum)
 
 
 @contextmanager
-def stop_request() -> Iterator[StopRequest]:
+def stop_request(agree: Callable[[int], int] | None = None) -> Iterator[StopRequest]:
     """Catch the first SIGTERM or Ctrl-C for `StopRequest.check`; a second one acts at once, as without this.
 
     Outside the main thread, where Python allows no signal handlers, nothing is caught.
+
+    Args:
+        agree: as in `StopRequest`, for several processes. Later signals are then caught too: a launcher sends its own
+            after the terminal's, and kills what takes too long.
 
     Example:
         >>> with stop_request() as stop:
         ...     for step in range(3):
         ...         stop.check()
     """
-    request = StopRequest()
+    request = StopRequest(agree)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
@@ -130,7 +140,8 @@ def stop_request() -> Iterator[StopRequest]:
 
     def remember(signum: int, frame: FrameType | None) -> None:
         request.signum = signum
-        restore()
+        if agree is None:
+            restore()
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         previous[signum] = signal.signal(signum, remember)
