@@ -1,6 +1,7 @@
 """Projections of a language model's gradients, one row for each passage, and which passages are alike by them.
 
     python examples/ghost_gradproj_lm.py --proj_layers "attn.c_attn,mlp.c_fc"
+    torchrun --nproc_per_node 2 examples/ghost_gradproj_lm.py      # the same rows, each process a share of the batches
 
 The passages come with Python: pages of its manual, its source code, documentation of mathematics, and lists of
 characters. Their rows are stored, read back, and compared. Where `--model_name` cannot be had (gpt2 needs the hub, or
@@ -25,11 +26,13 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import ghostfunc as gf
-from ghostfunc.index import Model, Store, StoreError, load_model
+from ghostfunc.index import Model, Store, load_model
 from ghostfunc.text import PACKAGED_TOKENIZER, load_tokenizer
+from shared.distributed import Launch, launched
 from shared.model_setup import GPT2_VOCABULARY, build_model, model_config, quiet_transformers
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -37,6 +40,7 @@ PROJ_DIR = CHECKOUT / "results" / "ghost_gradproj_lm"
 DEMO = CHECKOUT / "demo"
 FRESH = "GPT2-Nano"
 TOKENS = 64  # of a passage; longer ones are cut
+TIMEOUT = 600  # seconds that a process waits for another
 SHOWN = 34  # characters of a passage in the table
 NAMES_IN_A_LIST = 6
 
@@ -143,8 +147,8 @@ def require_tokens(model: Model) -> None:
 # --- projections ------------------------------------------------------------------------------------------------------
 
 
-def collect(model: Model, texts: list[Passage], args: argparse.Namespace) -> None:
-    """Project every batch into the store, from where an earlier run of the same command came to."""
+def collect(model: Model, texts: list[Passage], args: argparse.Namespace, launch: Launch) -> None:
+    """Project the batches that the store lacks: of several processes each its share."""
     engine = gf.GradProjEngine(
         model.module,
         proj_layers=args.proj_layers,
@@ -160,24 +164,21 @@ def collect(model: Model, texts: list[Passage], args: argparse.Namespace) -> Non
             "data": {"fingerprint": hashlib.sha256("\0".join(p.text for p in texts).encode()).hexdigest()},
             "tokens": TOKENS,
         },
+        group=dist.group.WORLD if launch.size > 1 else None,
     )
-    batches = [texts[start : start + args.batch_size] for start in range(0, len(texts), args.batch_size)]
-    engine.attach(padded(model, [passage.text for passage in batches[0]]))
+    first = padded(model, [passage.text for passage in texts[: args.batch_size]])
+    engine.attach(first, samples=len(texts), batch_size=args.batch_size)
     assert engine.projection is not None
     print(f"{len(engine.projection.slices)} parameters to {engine.projection.dim} numbers")
-    for number, batch in enumerate(batches):
-        if number * args.batch_size < engine.rows_written:
-            print(f"batch {number}: its rows are in {args.proj_dir}")
-            continue
-        first = number * args.batch_size
-        engine.collect_batch(
-            padded(model, [passage.text for passage in batch]),
-            range(first, first + len(batch)),
-            domains=[passage.domain for passage in batch],
-        )
-        assert engine.losses is not None
-        print(f"batch {number}: {engine.losses.mean():.2f} nats per token")
-    engine.detach()
+    if engine.rows_written:
+        print(f"{engine.rows_written} rows are in {args.proj_dir} already")
+    with engine.batches() as batches:
+        for rows in batches:
+            batch = texts[rows.start : rows.stop]
+            domains = [passage.domain for passage in batch]
+            engine.collect_batch(padded(model, [passage.text for passage in batch]), rows, domains=domains)
+            assert engine.losses is not None
+            print(f"batch {rows.start // args.batch_size}: {engine.losses.mean():.2f} nats per token")
 
 
 def similarities(proj_dir: Path, count: int) -> Tensor:
@@ -240,15 +241,21 @@ def main() -> None:
     quiet_transformers()
     texts = chosen_passages(args)
     try:
-        model = find_model(args.model_name)
-        require_tokens(model)
-        if not model.trained:
-            print(f"{model.name} is untrained: its gradients say little about texts.")
-        collect(model, texts, args)
-        cosines = similarities(args.proj_dir, len(texts))
-    except (ValueError, StoreError) as error:
+        with launched("cpu", TIMEOUT) as launch:
+            with launch.together():
+                model = find_model(args.model_name)
+                require_tokens(model)
+            if not model.trained:
+                print(f"{model.name} is untrained: its gradients say little about texts.")
+            collect(model, texts, args, launch)
+            show(texts, similarities(args.proj_dir, len(texts)), args.proj_dir)
+    except (ValueError, gf.RankFailed) as error:
         sys.exit(str(error))
-    print(f"\nRead back from {args.proj_dir}:\n{table(texts, cosines)}")
+
+
+def show(texts: list[Passage], cosines: Tensor, proj_dir: Path) -> None:
+    """Print which passages are alike."""
+    print(f"\nRead back from {proj_dir}:\n{table(texts, cosines)}")
     within, across = within_and_across(texts, cosines)
     if not math.isnan(within + across):
         print(f"\nMean cosine of two passages of one domain {within:.2f}, of two domains {across:.2f}")

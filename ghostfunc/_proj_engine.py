@@ -11,26 +11,26 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from ghostfunc._engine_autocast import FLOAT16_LOSS_SCALE, Autocast, functionalized
 from ghostfunc._engine_batch import as_batch, require_one_of, size_of
 from ghostfunc._engine_manager import world_size
 from ghostfunc._functionalize import LossFn, _default_call
 from ghostfunc._kronecker import KroneckerProjection
 from ghostfunc._losses import causal_lm_loss
-from ghostfunc._make_projection import kronecker_projection
 from ghostfunc._parquet import import_pyarrow, write_atomically
-from ghostfunc._projection import ghost_grad_proj
-from ghostfunc._randomness import RandomState
+from ghostfunc._proj_rows import Projected, require_all
+from ghostfunc._proj_store import Collected, Loop, Pass, layers_of, open_source, require_same
+from ghostfunc._ranks import Group, Ranks
 from ghostfunc._sample_ids import SampleIds, names_of, split_ids
+from ghostfunc._sharded import is_sharded
+from ghostfunc._wrapped import inner
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -61,14 +61,19 @@ class GradProjEngine:
         config: what else decides the rows, for the store, which is refused where it was begun with another; JSON can
             hold it. `config["model"]` and `config["data"]`, dicts that may have a "name" and a "fingerprint", say whose
             gradients of what these are. Without them nothing tells the rows of one checkpoint from those of another.
+        group: the ranks, each with batches of its own, that fill one store: a process group or a device mesh. All make
+            the same projection, which is checked. In a loop they call `collect_batch`, `save` and `detach` in step: the
+            store is that of one process whose batches are all ranks' of a step in a row, and rank 0 writes it. A pass
+            (`attach` with `samples`) they share. What one rank raises, all raise. None is for one process.
 
     Attributes:
+        module: the model; of one in `DistributedDataParallel` the module inside.
         projection: the `KroneckerProjection`; None before the first batch.
         losses: `[B]`, the last batch's losses, detached; None before.
 
     Raises:
-        ValueError: for an unknown `proj_dtype`, or a `proj_save_interval` below 1.
-        NotImplementedError: in a process group of several ranks.
+        ValueError: for an unknown `proj_dtype`, a `proj_save_interval` below 1, a `proj_dir` without `group` in one of
+            several processes, or a group that this rank is not in.
         ImportError: for a `proj_dir` without the extra `index`.
 
     Example:
@@ -101,18 +106,19 @@ class GradProjEngine:
         proj_dir: str | os.PathLike[str] | None = None,
         proj_save_interval: int = 10,
         config: Mapping[str, Any] | None = None,
+        group: Group | None = None,
     ) -> None:
         require_one_of("proj_dtype", proj_dtype, list(DTYPES))
         if proj_save_interval < 1:
             raise ValueError(f"proj_save_interval={proj_save_interval}: expected a number of batches, 1 or more.")
         if proj_dir is not None:
             import_pyarrow("a GradProjEngine with proj_dir")
-        if world_size() > 1:
-            raise NotImplementedError(
-                f"GradProjEngine runs in one process; this one is of {world_size()}, which would write over each "
-                "other's rows. Start one process."
+        if proj_dir is not None and group is None and world_size() > 1:
+            raise ValueError(
+                f"this process is one of {world_size()}, which would write over each other's rows in {proj_dir}: pass "
+                "group=torch.distributed.group.WORLD to all of them, or leave out proj_dir."
             )
-        self.module = module
+        self.module = inner(module)  # whose parameters have the names that they have in one process
         self.loss_fn = loss
         self.call = call or _default_call
         self.proj_layers = proj_layers
@@ -127,12 +133,12 @@ class GradProjEngine:
         self.config = dict(config or {})
         self.projection: KroneckerProjection | None = None
         self.losses: Tensor | None = None
-        self._source: Any = None  # a `ghostfunc.index.Source`
-        self._unsaved: list[tuple[Tensor, Any]] = []  # rows of a batch, and the table of its samples
-        self._rows = 0
+        self._projected = Projected(self.module, self.loss_fn, self.call)
+        self._ranks = None if group is None else Ranks.of(group, self._projected.device)
+        self._store: Loop | Pass | None = None
         self._detached = False
 
-    def attach(self, batch: Any = None) -> None:
+    def attach(self, batch: Any = None, *, samples: int | None = None, batch_size: int | None = None) -> None:
         """Make the projection and open the store, which then says what it holds (`rows_written`); or end a `detach`.
 
         Without it the first `collect_batch` does the same with its batch.
@@ -140,14 +146,66 @@ class GradProjEngine:
         Args:
             batch: any batch, as in `collect_batch`: one forward and backward shows how it uses the parameters. Without
                 it nothing is made yet.
+            samples: how many samples the data have, for a pass over them, whose row i is of sample i: then `batches`
+                says what to collect. None for a loop, whose rows are numbered as they come.
+            batch_size: samples of a batch of the pass; a shard has `proj_save_interval` times as many.
 
         Raises:
-            StoreError: if `proj_dir` holds rows of another projection, model, `proj_dtype` or `config`, or is damaged.
-            ValueError: if `proj_layers` matches nothing; the message lists the names.
+            StoreError: if `proj_dir` holds rows of another projection, model, `proj_dtype`, `config` or pass, or is
+                damaged.
+            ValueError: if `proj_layers` matches nothing (the message lists the names), if ranks make different
+                projections (it names them), or for a pass without `batch_size` or `proj_dir`, or with sharded
+                parameters.
+            RuntimeError: for a pass after the first batch.
         """
+        if samples is not None:
+            with self._together():
+                self._check_pass(batch, samples, batch_size)
         self._detached = False
-        if batch is not None and self.projection is None:
-            self._make_projection(self._as_batch(batch))
+        if batch is None or self.projection is not None:
+            return
+        with self._together():
+            batch = self._as_batch(batch)
+        if self._ranks is not None:
+            require_same(self._ranks, self._decisive(samples=samples, batch_size=batch_size))
+        projection = self._make_projection(batch)
+        if self._ranks is not None:
+            require_same(self._ranks, {"the projection's fingerprint": projection.fingerprint})
+        self._store = self._open_store(projection, samples, batch_size)
+        self.projection = projection
+
+    def batches(self) -> AbstractContextManager[Iterator[range]]:
+        """The samples of a pass that this process has to collect: its share of those that the store lacks.
+
+        Every rank gets whole shards in turn, `proj_save_interval` batches each: a batch is of the same samples however
+        many ranks there are, so that the store's bytes do not depend on their number, and any number of them goes on
+        after a kill. At the end of a shard ranks wait for each other. An error inside the `with` ends the pass on all
+        of them.
+
+        Returns:
+            A context that gives an iterator of ranges of samples: collect each one before the next.
+
+        Raises:
+            RuntimeError: before `attach` with `samples`. Inside, `RankFailed` where another rank raised.
+            StoreError: if a shard is damaged or cannot be written, or ranks do not share `proj_dir`'s disk.
+
+        Example:
+            >>> import tempfile, torch, ghostfunc as gf
+            >>> from ghostfunc.index import Store
+            >>> X, Y, folder = torch.randn(10, 4), torch.randint(3, (10,)), tempfile.mkdtemp()
+            >>> engine = gf.GradProjEngine(
+            ...     torch.nn.Linear(4, 3), loss=gf.classification_loss, proj_rank_total=12, proj_dir=folder
+            ... )
+            >>> engine.attach((X[:1], Y[:1]), samples=10, batch_size=4)
+            >>> with engine.batches() as batches:
+            ...     for rows in batches:
+            ...         projected = engine.collect_batch((X[rows.start : rows.stop], Y[rows.start : rows.stop]))
+            >>> Store(folder).complete, Store(folder).samples()["sample_id"].to_pylist()[-3:]
+            (True, [7, 8, 9])
+        """
+        if not isinstance(self._store, Pass):
+            raise RuntimeError("batches() is about a pass: call attach(batch, samples=..., batch_size=...) first.")
+        return self._store.batches()
 
     def collect_batch(
         self, batch: Any, batch_indices: SampleIds | None = None, *, domains: Sequence[str] | None = None
@@ -173,48 +231,46 @@ class GradProjEngine:
         """
         if self._detached:
             raise RuntimeError("the engine is detached: attach() it before collect_batch.")
-        batch = self._as_batch(batch)
-        n = size_of(batch)
-        if self.projection is None:
-            self._make_projection(batch)
+        if self._store is None:
+            self.attach(batch)
+        store = self._store
+        assert store is not None
+        with store.together():
+            batch = self._as_batch(batch)
+            n = size_of(batch)
+            ids = range(n) if batch_indices is None else batch_indices
+            sample_ids, names = split_ids("batch_indices", ids, domains)
+            if not len(sample_ids) == len(names) == n:
+                raise ValueError(
+                    f"collect_batch: the batch has {n} samples, but there are {len(sample_ids)} ids in batch_indices "
+                    f"and {len(names)} domains; expected one of each per sample."
+                )
+        first = store.first_row(n)
         if batch_indices is None:
-            batch_indices = range(self._rows, self._rows + n)
-        sample_ids, names = split_ids("batch_indices", batch_indices, domains)
-        if not len(sample_ids) == len(names) == n:
-            raise ValueError(
-                f"collect_batch: the batch has {n} samples, but there are {len(sample_ids)} ids in batch_indices and "
-                f"{len(names)} domains; expected one of each per sample."
-            )
+            sample_ids = list(range(first, first + n))
         labels = names_of(sample_ids, names)
-        rows, losses = self._project(batch, labels)
-        _require(
-            "projection of {} is not finite", rows.isfinite().all(1), labels, "Look at these samples, or at the dtype."
-        )
-        stored = rows.to("cpu", DTYPES[self.proj_dtype])
-        remedy = 'Use proj_dtype="bfloat16" or "float32".'
-        _require("projection of {} does not fit into " + self.proj_dtype, stored.isfinite().all(1), labels, remedy)
+        with store.together():
+            assert self.projection is not None
+            rows, losses = self._projected.rows(batch, self.projection, labels)
+            stored = rows.to("cpu", DTYPES[self.proj_dtype])
+            remedy = 'Use proj_dtype="bfloat16" or "float32".'
+            fits = stored.isfinite().all(1)
+            require_all("projection of {} does not fit into " + self.proj_dtype, fits, labels, remedy)
         self.losses = losses
-        self._rows += n
-        if self._source is not None:
-            self._unsaved.append((stored, _samples(sample_ids, names, losses)))
-            if len(self._unsaved) >= self.proj_save_interval:
-                self.save()
+        store.add(Collected(stored, losses, sample_ids, names))
         return rows
 
     def save(self) -> None:
         """Write what was collected since the last time as one shard, whole or not at all. Without `proj_dir`, nothing.
 
-        `collect_batch` does it every `proj_save_interval` batches, and `detach` at the end.
+        `collect_batch` does it every `proj_save_interval` batches, and `detach` at the end. A pass has whole shards
+        only, each written with its last batch.
 
         Raises:
             StoreError: if the shard cannot be written, as on a full disk; what was written before stays good.
         """
-        if self._source is None or not self._unsaved:
-            return
-        pyarrow = import_pyarrow("a GradProjEngine with proj_dir")
-        rows, samples = zip(*self._unsaved, strict=True)
-        self._source.append(torch.cat(rows), pyarrow.concat_tables(samples))
-        self._unsaved = []
+        if self._store is not None:
+            self._store.save()
 
     def detach(self) -> None:
         """Save, and refuse batches until `attach`. There is nothing to take off the module."""
@@ -223,16 +279,16 @@ class GradProjEngine:
 
     @property
     def rows_written(self) -> int:
-        """How many rows the store holds: where a loop goes on that was interrupted.
+        """How many rows the store holds, of all ranks: where a loop goes on that was interrupted.
 
         Raises:
             RuntimeError: without `proj_dir`, or before `attach(batch)` or the first `collect_batch`.
         """
-        if self._source is None:
+        if self._store is None or self.proj_dir is None:
             raise RuntimeError(
                 "rows_written is about a store: pass proj_dir, and call attach(batch) first, which opens it."
             )
-        return self._source.rows_written
+        return self._store.rows_written
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -247,155 +303,96 @@ class GradProjEngine:
         """
         if self.projection is None:
             raise RuntimeError("metadata is about the projection, which attach(batch) or collect_batch makes first.")
-        described = self.projection.describe()
-        layers = {
-            name: {
-                "shape": part["shape"],
-                "blocks": part["blocks"],
-                "d_i": part["d_in"],
-                "d_o": part["d_out"],
-                "k_i": part["k_in"],
-                "k_o": part["k_out"],
-                "slice": part["columns"],
-                "clipped": part["clipped"],
-            }
-            for name, part in described["parameters"].items()
-        }
+        return self._described(self.projection)
+
+    def _described(self, projection: KroneckerProjection) -> dict[str, Any]:
+        ends = {"fingerprint": projection.fingerprint, "layers": layers_of(projection)}
+        return {"dim": projection.dim, **self._options(), **ends}
+
+    def _options(self) -> dict[str, Any]:
+        names = ("dtype", "layers", "rank_total", "rank_min", "seed", "row_orthonormal")
+        options = {f"proj_{name}": getattr(self, f"proj_{name}") for name in names}
+        return {**options, "include_embeddings": self.include_embeddings}
+
+    def _decisive(self, **of_pass: int | None) -> dict[str, Any]:
+        """What ranks that fill one store must have in common."""
+        shapes = {name: list(p.shape) for name, p in self.module.named_parameters() if p.requires_grad}
         return {
-            "dim": described["dim"],
-            "proj_dtype": self.proj_dtype,
-            "proj_layers": self.proj_layers,
-            "proj_rank_total": self.proj_rank_total,
-            "proj_rank_min": self.proj_rank_min,
-            "proj_seed": self.proj_seed,
-            "proj_row_orthonormal": self.proj_row_orthonormal,
-            "include_embeddings": self.include_embeddings,
-            "fingerprint": self.projection.fingerprint,
-            "layers": layers,
+            **self._options(),
+            "proj_save_interval": self.proj_save_interval,
+            **of_pass,
+            **{f"config[{name!r}]": value for name, value in self.config.items()},
+            **{f"the shape of {name}": shape for name, shape in shapes.items()},
         }
 
     def _as_batch(self, batch: Any) -> Any:
         X, Y = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
         return as_batch(X, Y, is_text=self.loss_fn is causal_lm_loss)
 
-    def _make_projection(self, batch: Any) -> None:
-        """The projection for the module, and the store of its rows."""
-        with self._undisturbed() as autocast:
-            model_fn, params = functionalized(self.module, self.loss_fn, self.call, autocast, 1.0)
-            projection = kronecker_projection(
-                model_fn,
-                params,
-                self._on_device(batch),
-                layers=self.proj_layers,
-                rank=self.proj_rank_total,
-                min_rank=self.proj_rank_min,
-                kind="orthonormal" if self.proj_row_orthonormal else "gaussian",
-                seed=self.proj_seed,
-                include=("embedding",) if self.include_embeddings else (),
-            )
-        if projection.clipped:
+    def _make_projection(self, batch: Any) -> KroneckerProjection:
+        projection = self._projected.projection(
+            batch,
+            layers=self.proj_layers,
+            rank=self.proj_rank_total,
+            min_rank=self.proj_rank_min,
+            kind="orthonormal" if self.proj_row_orthonormal else "gaussian",
+            seed=self.proj_seed,
+            include=("embedding",) if self.include_embeddings else (),
+            **({} if self._ranks is None else {"group": self._ranks.group}),
+        )
+        if projection.clipped and self._is_first:
             warnings.warn(
                 f"{', '.join(projection.clipped)}: smaller than proj_rank_total={self.proj_rank_total}, so that fewer "
                 "numbers are kept of them (metadata has each layer's k_i and k_o).",
                 stacklevel=3,
             )
-        if self.proj_dir is not None:
-            self._source = self._open_store(self.proj_dir, projection)
-            self._rows = self._source.rows_written
-        self.projection = projection
-        if self.proj_dir is not None:
-            described = json.dumps(self.metadata, indent=1) + "\n"
-            write_atomically(self.proj_dir / "metadata.json", lambda file: file.write(described.encode()))
+        return projection
 
-    def _open_store(self, folder: Path, projection: KroneckerProjection) -> Any:
-        from ghostfunc.index import StoreWriter
+    @property
+    def _is_first(self) -> bool:
+        return self._ranks is None or self._ranks.rank == 0
 
-        of_store = {"model": {"name": type(self.module).__name__}, "data": {}}
-        model, data = (self.config.get(name, default) for name, default in of_store.items())
-        writer = StoreWriter(
-            folder,
-            dim=projection.dim,
-            dtype=self.proj_dtype,
-            slices=projection.slices,
-            model=model,
-            projection={**projection.describe(), "fingerprint": projection.fingerprint},
-            settings={name: value for name, value in self.config.items() if name not in of_store},
-        )
+    def _together(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._ranks is None else self._ranks.together()
+
+    def _check_pass(self, batch: Any, samples: int, batch_size: int | None) -> None:
+        if self._store is not None:
+            raise RuntimeError("attach: samples= begins a pass, and this engine has begun already: make another.")
+        if batch is None or batch_size is None or batch_size < 1 or samples < 1:
+            raise ValueError(
+                f"attach: samples={samples}, batch_size={batch_size}: a pass takes both, 1 or more, and a batch."
+            )
+        if self.proj_dir is None:
+            raise ValueError("attach: samples= is of a pass, which fills a store: make the engine with proj_dir.")
+        sharded = [name for name, p in self.module.named_parameters() if is_sharded(p)]
+        if sharded:
+            raise ValueError(
+                f"attach: {sharded[0]} is sharded over ranks, which in a pass have different numbers of batches: give "
+                "each process the whole model, or leave out samples= and let all ranks collect equally many batches."
+            )
+
+    def _open_store(self, projection: KroneckerProjection, samples: int | None, batch_size: int | None) -> Loop | Pass:
+        source = None
+        with self._together():
+            if self._is_first and self.proj_dir is not None:
+                source = self._source(self.proj_dir, projection, samples, batch_size)
+                self._write_down(self.proj_dir, projection)
+        if samples is None or batch_size is None:
+            return Loop(source, self.proj_save_interval, self._ranks)
+        with self._together():  # after the first, whose manifest decides what the folder is of
+            if source is None and self.proj_dir is not None:
+                source = self._source(self.proj_dir, projection, samples, batch_size)
+        return Pass(source, batch_size, self._ranks)
+
+    def _source(
+        self, folder: Path, projection: KroneckerProjection, samples: int | None, batch_size: int | None
+    ) -> Any:
+        shard_rows = None if batch_size is None else batch_size * self.proj_save_interval
+        name = type(self.module).__name__
+        return open_source(folder, projection, self.proj_dtype, name, self.config, samples, shard_rows)
+
+    def _write_down(self, folder: Path, projection: KroneckerProjection) -> None:
+        """What a row is, for readers: the matrices and the metadata, each file whole or not there."""
         projection.save(folder / "projection.safetensors")
-        return writer.source(data.get("name", "collected"), fingerprint=data.get("fingerprint", ""), rows=None)
-
-    def _project(self, batch: Any, names: list[str]) -> tuple[Tensor, Tensor]:
-        """The rows `[B, k]` and the losses `[B]` of a batch, whose samples messages call by these names."""
-        with self._undisturbed() as autocast:
-            batch = self._on_device(batch)
-            try:
-                return self._project_within_range(batch, autocast)
-            except ValueError:
-                # The transform knows rows of the batch; whoever collects it wants to read which samples they are.
-                model_fn, params = functionalized(self.module, self.loss_fn, self.call, autocast, 1.0)
-                with torch.no_grad():
-                    losses = model_fn(params, batch)
-                _require("loss of {} is not finite", losses.isfinite(), names, "Look at these samples.")
-                raise
-
-    def _project_within_range(self, batch: Any, autocast: Autocast) -> tuple[Tensor, Tensor]:
-        if torch.float16 not in (autocast.dtype, *(p.dtype for p in self.module.parameters())):
-            return self._project_scaled(batch, autocast, 1.0)
-        # Without a scale small gradients vanish in float16; one that makes them overflow is halved. Every batch begins
-        # with the same, so that rows do not depend on what was collected before.
-        scale = FLOAT16_LOSS_SCALE
-        found = self._project_scaled(batch, autocast, scale)
-        while scale > 1 and not found[0].isfinite().all():
-            scale /= 2
-            found = self._project_scaled(batch, autocast, scale)
-        return found
-
-    def _project_scaled(self, batch: Any, autocast: Autocast, scale: float) -> tuple[Tensor, Tensor]:
-        model_fn, params = functionalized(self.module, self.loss_fn, self.call, autocast, scale)
-
-        def losses_twice(params: dict[str, Tensor], batch: Any) -> tuple[Tensor, Tensor]:
-            losses = model_fn(params, batch)
-            return losses, losses.detach()
-
-        assert self.projection is not None
-        rows, losses = ghost_grad_proj(losses_twice, params, batch, self.projection, has_aux=True)
-        return rows / scale, losses / scale
-
-    def _on_device(self, batch: Any) -> Any:
-        device = next(self.module.parameters()).device
-        return pytree.tree_map_only(Tensor, lambda t: t.to(device), batch)
-
-    @contextmanager
-    def _undisturbed(self) -> Iterator[Autocast]:
-        """Evaluation mode, and no autocast but the forward's own; modes and random numbers are restored."""
-        autocast = Autocast.of(self.module)
-        random = RandomState.of(next(self.module.parameters()).device)
-        in_training = [m for m in self.module.modules() if m.training]
-        try:
-            for m in in_training:
-                m.training = False  # not .eval(), which some modules take for more, such as merging adapters
-            with torch.enable_grad(), autocast.left():
-                yield autocast
-        finally:
-            for m in in_training:
-                m.training = True
-            random.restore()
-
-
-def _require(what: str, good: Tensor, names: list[str], remedy: str) -> None:
-    """Raise FloatingPointError where a sample is not good `[B]`; `what` has a place for how many there are."""
-    bad = [name for name, is_good in zip(names, good.tolist(), strict=True) if not is_good]
-    if bad:
-        which = what.format(f"{len(bad)} of {len(names)} samples")
-        raise FloatingPointError(f"the {which}: {'; '.join(bad[:8])}. Nothing of this batch was kept. {remedy}")
-
-
-def _samples(sample_ids: list[int], domains: list[str], losses: Tensor) -> Any:
-    pyarrow = import_pyarrow("a GradProjEngine with proj_dir")
-    return pyarrow.table(
-        {
-            "sample_id": pyarrow.array(sample_ids, pyarrow.int64()),
-            "domain": pyarrow.array(domains, pyarrow.string()),
-            "loss": pyarrow.array(losses.float().cpu().numpy(), pyarrow.float32()),
-        }
-    )
+        described = json.dumps(self._described(projection), indent=1) + "\n"
+        write_atomically(folder / "metadata.json", lambda file: file.write(described.encode()))

@@ -98,7 +98,7 @@ def test_train_sh_on_data_of_the_piles_names_killed_outright_continues_to_the_sa
     assert process.returncode == -signal.SIGKILL and b"untrained" in output
     (run,) = (tmp_path / "cut").iterdir()
     assert run.name.startswith("GradProj-GPT2-Nano-")
-    assert 2 <= Store(run).rows < sum(DOMAINS.values())
+    assert 0 < len(Store(run).missing_shards) < 9
 
     assert main(arguments) == run
     assert "continuing after" in capsys.readouterr().out
@@ -180,7 +180,7 @@ def test_a_signal_stops_between_batches_and_the_run_continues_to_the_same_bytes(
         main(options("--output_dir", tmp_path / "cut"))
     assert stopped.value.code == 128 + signal.SIGTERM
     assert "SIGTERM, 4 samples are written" in capsys.readouterr().out
-    assert Store(tmp_path / "cut").rows == 4
+    assert [shard.start for _, shard in Store(tmp_path / "cut").missing_shards] == [4, 8, 12, 16]
     monkeypatch.undo()
     run = main(options("--output_dir", tmp_path / "cut"))
     assert "continuing after 4 samples" in capsys.readouterr().out
@@ -225,10 +225,12 @@ def test_options_that_have_no_meaning_are_refused(options, capsys, monkeypatch):
             main(options(*more))
         assert refused.value.code == 2
         assert named in capsys.readouterr().err, more
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(SystemExit):
         main(options())
-    assert "projects in one" in capsys.readouterr().err
+    assert "MASTER_ADDR must say" in capsys.readouterr().err
 
 
 def test_a_layer_below_the_rank_is_named(options):

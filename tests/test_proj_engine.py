@@ -404,8 +404,8 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         engine_of(model, TASKS["mlp"], proj_save_interval=0)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(NotImplementedError, match="one process"):
-        engine_of(model, TASKS["mlp"])
+    with pytest.raises(ValueError, match=r"one of 2, .* pass group="):
+        engine_of(model, TASKS["mlp"], proj_dir=tmp_path)
 
 
 def test_a_full_disk_leaves_what_is_written_and_the_same_loop_goes_on(

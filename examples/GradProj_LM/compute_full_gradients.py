@@ -3,12 +3,13 @@
     python compute_full_gradients.py RUN_FOLDER --num_samples 4
 
 Each sample's gradient becomes `full_gradients/sample-<row>.safetensors` in the run's folder: every parameter's, in the
-model's dtype. Ends with an error where a row of a run in float32 is not the projection of the gradient.
+model's dtype. Ends with an error where a row of a run in float32 is not the projection of the gradient. Under torchrun
+processes take the samples in turns.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for `shared` and this package
@@ -17,9 +18,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ghostfunc import RankFailed
 from ghostfunc.index import Store
-from GradProj_LM.gradproj_loop import Run, autocast_of
-from GradProj_LM.main import reopen
+from GradProj_LM.gradproj_loop import Projector, Run, autocast_of
+from GradProj_LM.main import prepare, recorded
+from shared.distributed import launched
 from shared.options import positive
 from shared.training_utils import lm_losses
 
@@ -45,46 +48,71 @@ def main(argv: Sequence[str] | None = None) -> float:
     )
     parser.add_argument("run", type=Path, help="the folder of a run of main.py")
     parser.add_argument("--num_samples", type=positive, default=4, help="from the first on; each as large as the model")
-    options = parser.parse_args(argv)
+    asked = parser.parse_args(argv)
     try:
-        projector = reopen(options.run)
-        store = Store(options.run)
-    except (ImportError, OSError, ValueError) as error:
+        options = recorded(asked.run)
+        with launched(options.device, options.timeout) as launch:
+            errors = compare(prepare(options, launch), asked.num_samples)
+            worst, allowed = torch.tensor(errors).max().item(), TOLERANCES[options.proj_dtype]
+            if options.train_dtype != "float32":
+                print(f"Not judged: in {options.train_dtype}, a batch of one rounds otherwise than one of more.")
+            elif not worst <= allowed:  # not >: NaN is no agreement
+                parser.exit(
+                    1, f"{parser.prog}: error: {worst:.1e} is more than {allowed:.0e}, which rounding explains\n"
+                )
+            print(f"gradients of {len(errors)} samples: {asked.run / GRADIENTS}")
+    except (ImportError, OSError, ValueError, RankFailed) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    run, projection = projector.run, projector.engine.projection
-    assert projection is not None
-    count = min(options.num_samples, store.rows)
-    if count == 0:
-        parser.exit(2, f"{parser.prog}: error: {options.run} has no rows yet: run main.py first\n")
-    rows = store.read(0, count).to(run.device)
-    names = store.samples(["sample_id", "domain"]).slice(0, count).to_pylist()
-    folder = options.run / GRADIENTS
-    folder.mkdir(exist_ok=True)
-    errors = []
-    for row, (name, gradient) in enumerate(zip(names, full_gradients(run, count), strict=True)):
-        save_file(gradient, folder / f"sample-{row:06d}.safetensors", metadata={k: str(v) for k, v in name.items()})
-        projected = projection.project(gradient)
-        errors.append((rows[row] - projected).norm() / projected.norm())
-        print(f"{name['domain']} {name['sample_id']}: the stored row is off by {errors[-1]:.1e} of its norm")
-    worst, allowed = torch.stack(errors).max().item(), TOLERANCES[run.options.proj_dtype]
-    if run.options.train_dtype != "float32":
-        print(f"Not judged: in {run.options.train_dtype}, a batch of one rounds otherwise than one of more.")
-    elif not worst <= allowed:  # not >: NaN is no agreement
-        parser.exit(1, f"{parser.prog}: error: {worst:.1e} is more than {allowed:.0e}, which rounding explains\n")
-    print(f"gradients of {count} samples: {folder}")
     return worst
 
 
-def full_gradients(run: Run, count: int) -> Iterator[dict[str, Tensor]]:
-    """The gradient of each of the first samples' own loss, in evaluation mode, one plain backward each."""
+def compare(projector: Projector, samples: int) -> list[float]:
+    """Save the gradients of the first samples, one for each process at a time, and print how far rows are off.
+
+    Args:
+        projector: of the run.
+        samples: how many, at most those of the run.
+
+    Returns:
+        The relative errors of their rows.
+
+    Raises:
+        StoreError: if a row is yet to be written; a ValueError where another process raised.
+    """
+    run, projection = projector.run, projector.engine.projection
+    assert projection is not None
+    count, launch = min(samples, run.samples), run.launch
+    with launch.together():
+        store = Store(run.folder)
+        rows = store.read(0, count).to(launch.device)
+        names = store.sample_rows(range(count), ["sample_id", "domain"]).select(["sample_id", "domain"]).to_pylist()
+        (run.folder / GRADIENTS).mkdir(exist_ok=True)
+    errors: list[float] = []
+    for first in range(0, count, launch.size):
+        found = None
+        with launch.together():
+            if (row := first + launch.rank) < count:
+                gradient = full_gradient(run, row)
+                described = {name: str(value) for name, value in names[row].items()}
+                save_file(gradient, run.folder / GRADIENTS / f"sample-{row:06d}.safetensors", metadata=described)
+                projected = projection.project(gradient)
+                found = ((rows[row] - projected).norm() / projected.norm()).item()
+        for error in launch.gathered(found)[: count - first]:
+            name = names[len(errors)]
+            print(f"{name['domain']} {name['sample_id']}: the stored row is off by {error:.1e} of its norm")
+            errors.append(error)
+    return errors
+
+
+def full_gradient(run: Run, block: int) -> dict[str, Tensor]:
+    """The gradient of a sample's own loss, in evaluation mode, by one plain backward."""
     model = run.model.eval()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for block in range(count):
-        tokens = run.corpus.in_order(block, block + 1).tokens.to(run.device)  # [1, T]
-        with autocast_of(run):
-            (loss,) = lm_losses(model, tokens)
-        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
-        yield {name: g.contiguous() for name, g in zip(parameters, gradients, strict=True)}
+    tokens = run.corpus.in_order(block, block + 1).tokens.to(run.launch.device)  # [1, T]
+    with autocast_of(run):
+        (loss,) = lm_losses(model, tokens)
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+    return {name: g.contiguous() for name, g in zip(parameters, gradients, strict=True)}
 
 
 if __name__ == "__main__":

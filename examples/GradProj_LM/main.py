@@ -1,13 +1,13 @@
 """Project the gradient of every sample of a corpus, and store the projections: a few hundred numbers for each layer.
 
     python main.py --checkpoint RUN_OF_GRADDOTPROD_LM --batch_size 2 --max_samples 1000
+    torchrun --nproc_per_node 2 main.py --checkpoint RUN_OF_GRADDOTPROD_LM --batch_size 2 --max_samples 1000
 
-Run again with the same options, it continues where it stopped.
+Run again with the same options, by any number of processes, it continues where it stopped.
 """
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +17,12 @@ from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for `shared` and this package
 
+from ghostfunc import RankFailed
 from ghostfunc.index import StoreError, load_model, model_fingerprint
 from GradProj_LM import config_file
 from GradProj_LM.gradproj_loop import Projector, Run
 from shared.dataloader import load_corpus
+from shared.distributed import Launch, launched
 from shared.model_setup import (
     ARCHITECTURES,
     DataVocabulary,
@@ -31,7 +33,7 @@ from shared.model_setup import (
     require_fit,
 )
 from shared.options import natural, positive
-from shared.utils import DTYPES, pick_device, run_name, seed_everything
+from shared.utils import DTYPES, run_name, seed_everything
 
 # What decides the numbers of a run, beside the fingerprints of its weights and of its data.
 DECISIVE = (
@@ -60,20 +62,21 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     Raises:
         SystemExit: with the reason on stderr, if an option is wrong, data or model cannot be read, or the folder holds
-            another run or is damaged; after SIGTERM or Ctrl-C, when the batch in hand is done.
+            another run or is damaged, here or in another process; after SIGTERM or Ctrl-C, when the batch in hand is
+            done.
     """
     parser = build_parser()
     options = parse(parser, argv)
     try:
-        run = set_up(options)
-        projector = Projector(run)
-    except (ImportError, OSError, ValueError) as error:
+        with launched(options.device, options.timeout) as launch:
+            projector = prepare(options, launch)
+            try:
+                projector.project()
+            except (FloatingPointError, StoreError, RankFailed) as error:
+                parser.exit(1, f"{parser.prog}: error: {error}\n")
+            return projector.run.folder
+    except (ImportError, OSError, ValueError, RankFailed) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    try:
-        projector.project()
-    except (FloatingPointError, StoreError) as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
-    return run.folder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -100,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--proj_row_orthonormal", action="store_true", help="orthogonal directions instead of Gaussian ones")
     add("--include_embeddings", action="store_true", help="project embeddings, too")
     add("--proj_save_interval", type=positive, default=10, help="batches of a shard: what a kill may cost")
-    add("--batch_size", type=positive, default=2)
+    add("--batch_size", type=positive, default=2, help="of a process")
     add("--max_samples", type=_count_or_all, default=1000, help="the first so many of the corpus, or all")
     add("--block_size", type=positive, default=1024, help="tokens of a sample")
     add("--train_set", default="pile", help="pile, comma-separated domain names, or a folder of .bin files")
@@ -114,6 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the arithmetic; other than --model_dtype means autocast (default: that of --model_dtype)",
     )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--timeout", type=positive, default=1800, help="seconds that a process waits for another before it gives up")
     add("--verbose", action="store_true", help="print each layer's ranks")
     return parser
 
@@ -132,15 +136,23 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
             f"--train_dtype {options.train_dtype} with --model_dtype {options.model_dtype}: autocast starts from "
             "float32 weights. Use --model_dtype float32, or leave out --train_dtype."
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        parser.error(
-            "LAUNCHER started several processes, but this example projects in one: use LAUNCHER=python (the command "
-            "`ghostfunc index` takes several)"
-        )
     return options
 
 
-def set_up(options: argparse.Namespace) -> Run:
+def prepare(options: argparse.Namespace, launch: Launch) -> Projector:
+    """A run with its model and its data, and its folder opened; in all processes of the launch at once.
+
+    Raises:
+        OSError: as `set_up`; a ValueError where another process raised one.
+        ValueError: as `set_up` and `Projector`.
+        RankFailed: as `Projector`.
+    """
+    with launch.together():
+        run = set_up(options, launch)
+    return Projector(run)
+
+
+def set_up(options: argparse.Namespace, launch: Launch) -> Run:
     """Read the data and the model, and find the run's folder.
 
     Raises:
@@ -148,8 +160,7 @@ def set_up(options: argparse.Namespace) -> Run:
         ValueError: if data, model and options do not fit each other.
     """
     quiet_transformers()
-    device = pick_device(options.device)
-    seed_everything(options.seed, device)
+    seed_everything(options.seed, launch.device)
     vocabulary = data_vocabulary(options.data_dir)
     model, trained = _load(options, vocabulary)
     corpus = load_corpus(
@@ -169,22 +180,26 @@ def set_up(options: argparse.Namespace) -> Run:
     }
     folder = config_file.output_dir(options.output_dir, _name_of(options, configuration))
     size = sum(p.numel() for p in params.values())
-    print(f"{Path(name).name}: {size:,} parameters, {options.model_dtype}, on {device}")
+    print(f"{Path(name).name}: {size:,} parameters, {options.model_dtype}, on {_place(launch)}")
     if not trained:
         print("The weights are untrained: these gradients say nothing of a trained model. Name one with --checkpoint.")
-    model.to(device)  # type: ignore[arg-type] # transformers' decorator hides the signature
-    return Run(options, configuration, folder, device, corpus, samples, model)
+    model.to(launch.device)  # type: ignore[arg-type] # transformers' decorator hides the signature
+    return Run(options, configuration, folder, launch, corpus, samples, model)
 
 
-def reopen(folder: Path) -> Projector:
-    """A run that `main` made, with its model and its data.
+def recorded(folder: Path) -> argparse.Namespace:
+    """The options of a run that `main` made, for `prepare`.
 
     Raises:
-        OSError: if it is none, or its data or its checkpoint are gone.
-        ValueError: if its model or its data are others now, or it is damaged.
+        OSError: if the folder is none.
+        ValueError: if its record is damaged.
     """
-    recorded = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return Projector(set_up(argparse.Namespace(**{**recorded, "output_dir": str(folder)})))
+    options = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return argparse.Namespace(**{**options, "output_dir": str(folder)})
+
+
+def _place(launch: Launch) -> str:
+    return f"{launch.device}, {launch.size} processes" if launch.size > 1 else str(launch.device)
 
 
 def _load(options: argparse.Namespace, vocabulary: DataVocabulary | None) -> tuple[PreTrainedModel, bool]:

@@ -26,7 +26,8 @@ from torch import Tensor
 import ghostfunc as gf
 from GradProj_LM.compute_full_gradients import GRADIENTS
 from GradProj_LM.gradproj_loop import Run
-from GradProj_LM.main import reopen
+from GradProj_LM.main import prepare, recorded
+from shared.distributed import launched
 from shared.options import natural, positive
 from shared.utils import write_whole
 
@@ -54,7 +55,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--seeds", type=natural, nargs="+", default=[0, 1, 2, 3, 4], help="of the projections")
     options = parser.parse_args(argv)
     try:
-        projector = reopen(options.run)
+        recorded_options = recorded(options.run)
+        with launched(recorded_options.device, recorded_options.timeout) as launch:
+            if launch.size > 1:
+                raise ValueError("this runs in one process: start it with python")
+            projector = prepare(recorded_options, launch)
     except (ImportError, OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     files = sorted((options.run / GRADIENTS).glob("*.safetensors"))
@@ -65,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             f"products take two at least: python compute_full_gradients.py {options.run} --num_samples 8\n",
         )
     names = list(projector.engine.metadata["layers"])
-    gradients = [_read(file, names, projector.run.device) for file in files]
+    gradients = [_read(file, names, projector.run.launch.device) for file in files]
     rows = measure(projector.run, gradients, options.ranks, options.seeds)
     _write(options.run / "error_with_rank", rows, len(gradients), names)
     print(f"Error of inner products of {len(gradients)} samples, mean over {len(options.seeds)} seeds")
@@ -80,7 +85,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Errors |<proj g_i, proj g_j> - <g_i, g_j>| / (|g_i| |g_j|) of all pairs of samples, i = j left out."""
     model_fn, params = gf.functionalize(run.model.eval(), gf.causal_lm_loss)
-    tokens = run.corpus.in_order(0, 1).tokens[:, :8].to(run.device)  # enough to see how weights are used
+    tokens = run.corpus.in_order(0, 1).tokens[:, :8].to(run.launch.device)  # enough to see how weights are used
     exact = _gram([torch.cat([g.flatten() for g in gradient.values()]) for gradient in gradients])
     norms = exact.diagonal().sqrt()
     pairs = torch.ones_like(exact, dtype=torch.bool).triu(1)
