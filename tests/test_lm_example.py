@@ -1,18 +1,18 @@
 """The language-model example: both methods, options, and runs that are cut and continued to the same numbers."""
 
-import csv
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from lm_world import VOCABULARY, evaluations, options_of, values, weights, write_data, write_model
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from ghostfunc.dotlog import read_dot_log
@@ -26,71 +26,21 @@ from shared.training_utils import Evaluations, build_optimizer, evaluate, learni
 from shared.utils import Stopped, StopRequest, pick_device, stop_request
 
 TRAIN_SH = Path(config_file.__file__).with_name("train.sh")
-VOCABULARY = 512
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    draw = np.random.default_rng(0)
-    for split, prefix, size in [(".", "train", 4000), ("val", "validation", 800), ("test", "test", 800)]:
-        (folder / split).mkdir(exist_ok=True)
-        for domain, stride in [("code", 3), ("prose", 7)]:
-            ids = (np.arange(size) * stride + draw.integers(0, 3, size)) % VOCABULARY
-            ids.astype("<u2").tofile(folder / split / f"{prefix}-{domain}.bin")
-    (folder / "meta.json").write_text(json.dumps({"vocab_size": VOCABULARY, "eot": 0}))
-    return folder
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    GPT2Config(
-        n_layer=2,
-        n_head=2,
-        n_embd=32,
-        n_positions=64,
-        vocab_size=VOCABULARY,
-        bos_token_id=0,
-        eos_token_id=0,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    ).save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
 def options(data, tiny, tmp_path):
-    """The options of a run of seconds, and more of them in a call; a later option wins over an earlier one."""
-
-    def build(*more):
-        fixed = {
-            "model": tiny,
-            "model_init": "fresh",
-            "data_dir": data,
-            "results_dir": tmp_path / "results",
-            "train_set": "code,prose",
-            "val_set": "prose",
-            "device": "cpu",
-            "block_size": 16,
-            "batch_size": 4,
-            "val_batch_size": 2,
-            "learning_rate": 1e-2,
-            "warmup_step": 2,
-            "max_steps": 3,
-            "eval_interval": 3,
-            "eval_iter": 2,
-            "eval_bs": 4,
-        }
-        return [text for name, value in fixed.items() for text in (f"--{name}", str(value))] + [str(m) for m in more]
-
-    return build
-
-
-def weights(run):
-    (checkpoint,) = (run / "checkpoint").iterdir()
-    return load_file(checkpoint / "model.safetensors")
+    return partial(options_of, data, tiny, tmp_path / "results")
 
 
 def assert_same_run(run, other):
@@ -102,20 +52,11 @@ def assert_same_run(run, other):
     assert values(run).equals(values(other))
 
 
-def values(run):
-    return InRunShapley(run / "values").by_sample()
-
-
 def assert_same_training(run, other):
     for name, weight in weights(run).items():
         assert (weight - weights(other)[name]).abs().max() <= 1e-5, name
     for row, expected in zip(evaluations(run), evaluations(other), strict=True):
         assert row == pytest.approx(expected, abs=1e-5)
-
-
-def evaluations(run):
-    with (run / "evaluations.csv").open(newline="") as file:
-        return [[float(value) for value in row.values()] for row in csv.DictReader(file)]
 
 
 def start(arguments, **environment):
@@ -419,13 +360,6 @@ def test_a_model_with_too_small_a_vocabulary_is_refused(options, tiny, tmp_path,
         main(options("--model", tmp_path / "small"))
     error = capsys.readouterr().err
     assert "vocab_size 512" in error and "(100)" in error and "--tokenizer" in error
-
-
-def test_several_processes_are_refused(options, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit):
-        main(options())
-    assert "LAUNCHER" in capsys.readouterr().err
 
 
 def test_defaults_are_the_seeds():

@@ -2,32 +2,40 @@
 
     python main.py --architecture GPT2-Nano --block_size 128 --max_steps 100
 
+    torchrun --nproc_per_node 2 main.py --batch_size 8
+
 Run again with the same options, it continues where it stopped.
 """
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for `shared` and this package
 
+from ghostfunc.failures import fail_together
 from GradDotProd_LM import config_file
 from GradDotProd_LM.training_loop import Run, Trainer, as_text
 from shared.dataloader import Corpora, load_corpora
+from shared.distributed import Launch, launched
 from shared.model_setup import ARCHITECTURES, build_model, data_vocabulary, model_config, quiet_transformers
 from shared.options import natural, positive, positive_float
 from shared.training_utils import OPTIMIZERS
-from shared.utils import DTYPES, pick_device, run_name, seed_everything, write_whole
+from shared.utils import DTYPES, run_name, seed_everything, write_whole
 
 # What may change between two starts of one run: where it runs and how often it saves, not what it computes.
 NOT_IN_THE_NUMBERS = (
     "results_dir",
     "device",
+    "timeout",
     "dot_prod_save_interval",
     "checkpoint_interval",
     "interleave_plain",
@@ -51,19 +59,24 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """
     parser = build_parser()
     options = parse(parser, argv)
-    try:
-        run = set_up(options)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    trainer = Trainer(run)
-    if options.eval_only:
-        print(f"after {trainer.done} steps: {as_text(trainer.evaluate())}")
-    elif trainer.is_complete:
-        print(f"complete: {run.folder} (--fresh trains it again)")
-    else:
-        trainer.train()
-        print(f"results: {run.folder}")
-    return run.folder
+    with ExitStack() as stack:
+        is_first = True
+        try:
+            launch = stack.enter_context(launched(options.device, options.timeout))
+            stack.enter_context(fail_together())
+            is_first = launch.is_first
+            run = set_up(options, launch)
+        except (OSError, ValueError) as error:
+            parser.exit(2, f"{parser.prog}: error: {error}\n" if is_first else None)
+        trainer = Trainer(run)
+        if options.eval_only:
+            print(f"after {trainer.done} steps: {as_text(trainer.evaluate())}")
+        elif trainer.is_complete:
+            print(f"complete: {run.folder} (--fresh trains it again)")
+        else:
+            trainer.train()
+            print(f"results: {run.folder}")
+        return run.folder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -79,9 +92,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--architecture", choices=list(ARCHITECTURES), default="GPT2-Small", help="trained from scratch")
     add("--model", help="instead: any causal LM, a folder or a hub name")
     add("--model_init", choices=["pretrained", "fresh"], default="pretrained", help="weights of --model")
-    add("--batch_size", type=positive, default=16, help="training samples of a micro-batch")
+    add("--batch_size", type=positive, default=16, help="training samples of a micro-batch, in each process")
     add("--gradient_accumulation_steps", type=positive, default=1, help="micro-batches of a step")
-    add("--val_batch_size", type=positive, default=1, help="validation samples that the dots refer to")
+    add("--val_batch_size", type=positive, default=1, help="validation samples that the dots refer to, in all")
     add("--block_size", type=positive, default=1024, help="tokens of a sample")
     add("--max_steps", type=positive, default=50000)
     add("--learning_rate", type=positive_float, default=3e-4, help="the peak; a tenth of it at the end")
@@ -108,6 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: that of --model_dtype)",
     )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--timeout", type=positive_float, default=600, help="seconds that a process waits for the others")
     add("--data_dir", help="tokenized data; over PILE_DATA_DIR, over config_file.py")
     add("--results_dir", help="holds the run folders; over RESULTS_DIR, over config_file.py")
     add(
@@ -146,46 +160,56 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         )
     if options.order == 2 and options.train_dtype == "float16":
         parser.error("--order 2 with float16: scaled losses have a curvature that it cannot hold. Use bfloat16.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        parser.error("LAUNCHER started several processes, but this example trains in one: use LAUNCHER=python")
     return options
 
 
-def set_up(options: argparse.Namespace) -> Run:
-    """Read the data, build the model, and find the run's folder.
+def set_up(options: argparse.Namespace, launch: Launch) -> Run:
+    """Read the data, build the model, and find the run's folder; in all processes of the launch at once.
 
     Raises:
         OSError: if there is no data (FileNotFoundError), or a folder cannot be read or written.
-        ValueError: if data, model and options do not fit each other.
+        ValueError: if data, model and options do not fit each other, or processes have different ones.
     """
     quiet_transformers()
-    device = pick_device(options.device)
-    data_dir = config_file.data_dir(options.data_dir)
-    config = model_config(options.architecture, options.model, data_vocabulary(data_dir), options.block_size)
-    corpora = load_corpora(
-        data_dir, options.train_set, options.val_set, block_size=options.block_size, vocab_size=config.vocab_size
-    )
-    corpora.train.sample(options.batch_size, seed=options.seed, step=0)  # raises where there is too little data
-    corpora.val.sample(options.val_batch_size, seed=options.seed, step=0)
+    with launch.together():
+        data_dir = config_file.data_dir(options.data_dir)
+        config = model_config(options.architecture, options.model, data_vocabulary(data_dir), options.block_size)
+        corpora = load_corpora(
+            data_dir, options.train_set, options.val_set, block_size=options.block_size, vocab_size=config.vocab_size
+        )
+        # Both raise where there is too little data.
+        corpora.train.sample(options.batch_size, seed=options.seed, step=0, rank=launch.rank, ranks=launch.size)
+        corpora.val.sample(options.val_batch_size, seed=options.seed, step=0)
+        configuration = _configuration(options, data_dir, corpora, launch.size)
+    launch.require_same("options or data", configuration)
 
-    configuration = _configuration(options, data_dir, corpora)
-    folder = config_file.results_dir(options.results_dir) / _name_of(configuration)
-    if options.fresh:
-        shutil.rmtree(folder, ignore_errors=True)
-    write_whole(folder / "config.json", json.dumps(configuration, indent=2) + "\n")
+    results = config_file.results_dir(options.results_dir)
+    folder = results / _name_of(configuration)
+    launch.require_shared(results)
+    with launch.together():
+        if launch.is_first:
+            if options.fresh:
+                shutil.rmtree(folder, ignore_errors=True)
+            write_whole(folder / "config.json", json.dumps(configuration, indent=2) + "\n")
 
-    seed_everything(options.seed, device)
-    pretrained = options.model if options.model_init == "pretrained" else None
-    model = build_model(config, pretrained, DTYPES[options.model_dtype])
-    model.to(device)  # type: ignore[arg-type] # transformers' decorator hides the signature
+    with launch.together():
+        seed_everything(options.seed, launch.device)
+        pretrained = options.model if options.model_init == "pretrained" else None
+        model = build_model(config, pretrained, DTYPES[options.model_dtype])
+        model.to(launch.device)  # type: ignore[arg-type] # transformers' decorator hides the signature
+    launch.copy_first(model)
+    if not launch.is_first:  # dropout: each process draws its own
+        torch.manual_seed(int(np.random.default_rng([options.seed, launch.rank]).integers(2**63)))
     size = sum(p.numel() for p in model.parameters())
-    print(f"{options.model or options.architecture}: {size:,} parameters, {options.model_dtype}, on {device}")
-    return Run(options, configuration, folder, device, corpora, model)
+    where = str(launch.device) if launch.size == 1 else f"{launch.device.type} in {launch.size} processes"
+    print(f"{options.model or options.architecture}: {size:,} parameters, {options.model_dtype}, on {where}")
+    return Run(options, configuration, folder, launch, corpora, model)
 
 
-def _configuration(options: argparse.Namespace, data_dir: Path, corpora: Corpora) -> dict[str, Any]:
-    """What decides the numbers of a run: the options, and the data they led to."""
+def _configuration(options: argparse.Namespace, data_dir: Path, corpora: Corpora, processes: int) -> dict[str, Any]:
+    """What decides the numbers of a run: the options, and the data they led to. Its batch is that of all processes."""
     decisive = {name: value for name, value in vars(options).items() if name not in NOT_IN_THE_NUMBERS}
+    decisive["batch_size"] *= processes
     for name in ("model", "train_set", "val_set"):
         if decisive[name] and Path(decisive[name]).is_dir():
             decisive[name] = str(Path(decisive[name]).resolve())

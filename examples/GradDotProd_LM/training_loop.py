@@ -2,6 +2,7 @@
 
 A run is a sequence of steps that can be cut between any two of them. Batches are a function of (seed, step), so that a
 checkpoint of model, optimizer and random numbers, with the log's rows and the ledger's values up to it, is the state.
+Each of several processes takes its part of every batch, and writes its own files of the log and the ledger.
 """
 
 import json
@@ -18,12 +19,12 @@ from transformers import PreTrainedModel
 
 import ghostfunc as gf
 from shared.dataloader import Batch, Corpora
+from shared.distributed import Launch
 from shared.training_utils import (
     Evaluations,
     build_optimizer,
     evaluate,
     learning_rate_at,
-    lm_losses,
     load_checkpoint,
     save_checkpoint,
 )
@@ -45,7 +46,7 @@ class Run:
         options: the parsed options of `main.py`.
         configuration: what decides the run's numbers, as `config.json` holds it.
         folder: the run's own folder.
-        device: where the model is.
+        launch: the processes, and where the model of this one is.
         corpora: the data.
         model: the model at its start.
     """
@@ -53,7 +54,7 @@ class Run:
     options: Any
     configuration: dict[str, Any]
     folder: Path
-    device: torch.device
+    launch: Launch
     corpora: Corpora
     model: PreTrainedModel
 
@@ -66,11 +67,12 @@ class Timings:
     interleaved: list[float] = field(default_factory=list)
     plain: list[float] = field(default_factory=list)
 
-    def summary(self, device: torch.device, tokens_per_step: int) -> dict[str, Any]:
+    def summary(self, launch: Launch, tokens_per_step: int) -> dict[str, Any]:
         """Medians. The first step, which warms up caches and allocators, is left out where there is another."""
         seconds = statistics.median(self.steps[1:] or self.steps)
         summary = {
-            "device": str(device),
+            "device": str(launch.device),
+            "processes": launch.size,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "steps": len(self.steps),
@@ -101,38 +103,54 @@ class Trainer:
     """
 
     def __init__(self, run: Run) -> None:
-        options = run.options
+        options, device = run.options, run.launch.device
         self.run = run
+        self.launch = run.launch
         self.options = options
         self.model = run.model
         self.optimizer = build_optimizer(options.optimizer, self.model, options.learning_rate)
         train_dtype = DTYPES[options.train_dtype]
-        self.autocast = torch.autocast(run.device.type, train_dtype, enabled=train_dtype != self.model.dtype)
-        self.scaler = torch.GradScaler(run.device.type, enabled=train_dtype == torch.float16)
+        self.autocast = torch.autocast(device.type, train_dtype, enabled=train_dtype != self.model.dtype)
+        self.scaler = torch.GradScaler(device.type, enabled=train_dtype == torch.float16)
         self.checkpoints = run.folder / "checkpoint"
         self.done = load_checkpoint(self.checkpoints, self.model, self.optimizer, self.scaler)
         if self.done:
             print(f"continuing after {self.done} steps")
-        resume_at = None if options.eval_only else self.done
-        self.evaluations = Evaluations(run.folder / "evaluations.csv", resume_at=resume_at)
+        self.val = run.corpora.val.sample(options.val_batch_size, seed=options.seed, step=0).tokens  # [m, T]
         self.engine = self._build_engine()
         self.ledger: gf.InRunShapley | None = None
-        if options.method == "GradDotProd" and not options.eval_only:
-            self.ledger = gf.InRunShapley(run.folder / "values")
-            self.ledger.resume(self.done)
+        self.evaluations: Evaluations | None = None  # the first process's
+        # The first process cuts what all have written after the checkpoint, before the others look.
+        for turn in (True, False):
+            with self.launch.together():
+                if self.launch.is_first == turn:
+                    self._open_results()
+        self.evaluated = self.launch.gathered(self.evaluations and self.evaluations.iterations)[0]
         self.timings = Timings()
 
     def _build_engine(self) -> gf.GhostEngineManager:
-        options = self.options
-        val = self.run.corpora.val.sample(options.val_batch_size, seed=options.seed, step=0).tokens  # [m, T]
+        options, launch = self.options, self.launch
+        # Fewer samples than processes: all of them take all, whose mean is the same.
+        val = self.val.tensor_split(launch.size)[launch.rank] if len(self.val) >= launch.size else self.val
         # exact: with a frozen second moment, values of the first steps come out orders of magnitude too large.
         metric = gf.adam(self.optimizer, self.model, exact=True) if options.metric == "adam" else None
-        engine = gf.GhostEngineManager(options, self.model, self.optimizer, val_data=(val, val), precondition=metric)
-        if options.method == "GradDotProd" and not options.eval_only:
-            val_batch = {"input_ids": val, "labels": val}
-            engine.log = gf.DotLog(self.run.folder / "dot_log", config=self.run.configuration, val_batch=val_batch)
-            engine.log.resume(self.done)
-        return engine
+        return gf.GhostEngineManager(options, self.model, self.optimizer, val_data=(val, val), precondition=metric)
+
+    def _open_results(self) -> None:
+        """Open what this process writes; the first one cuts all of it at the checkpoint."""
+        options, folder = self.options, self.run.folder
+        if self.launch.is_first:
+            resume_at = None if options.eval_only else self.done
+            self.evaluations = Evaluations(folder / "evaluations.csv", resume_at=resume_at)
+        if options.method == "Regular" or options.eval_only:
+            return
+        val_batch = {"input_ids": self.val, "labels": self.val} if self.launch.is_first else None
+        log = gf.DotLog(folder / "dot_log", config=self.run.configuration, val_batch=val_batch)
+        ledger = gf.InRunShapley(folder / "values")
+        if self.launch.is_first:
+            log.resume(self.done)
+            ledger.resume(self.done)
+        self.engine.log, self.ledger = log, ledger
 
     @property
     def is_complete(self) -> bool:
@@ -152,8 +170,9 @@ class Trainer:
             unit="step",
             desc=options.method,
             mininterval=0.5 if sys.stderr.isatty() else 10,
+            disable=not self.launch.is_first,
         )
-        with bar, stop_request() as stop:
+        with bar, stop_request(self.launch.highest if self.launch.size > 1 else None) as stop:
             try:
                 while True:
                     stop.check()
@@ -188,19 +207,21 @@ class Trainer:
                 batch_size=options.eval_bs,
                 batches=options.eval_iter,
                 seed=options.seed + 1,  # other draws than the training's
-                device=self.run.device,
+                device=self.launch.device,
                 autocast=self.autocast,
                 stop=stop or StopRequest(),
+                launch=self.launch,
             )
         finally:
             self.engine.reattach_after_evaluation()
-        if self.done not in self.evaluations.iterations:
+        if self.evaluations is not None and self.done not in self.evaluated:
             self.evaluations.append(self.done, losses)
+        self.evaluated.add(self.done)
         return losses
 
     def _evaluation_is_due(self) -> bool:
         at_interval = self.done > 0 and self.done % self.options.eval_interval == 0
-        return at_interval and self.done not in self.evaluations.iterations
+        return at_interval and self.done not in self.evaluated
 
     def _step(self, bar: tqdm) -> None:
         options, iteration = self.options, self.done
@@ -209,6 +230,8 @@ class Trainer:
                 options.batch_size,
                 seed=options.seed,
                 step=iteration * options.gradient_accumulation_steps + micro_step,
+                rank=self.launch.rank,
+                ranks=self.launch.size,
             )
             for micro_step in range(options.gradient_accumulation_steps)
         ]
@@ -233,15 +256,15 @@ class Trainer:
             self.timings.interleaved.append(seconds)
             self.timings.plain.append(plain_seconds + update_seconds)
         self.done += 1
-        tokens = sum(batch.tokens.numel() for batch in batches)
+        tokens = sum(batch.tokens.numel() for batch in batches) * self.launch.size
         bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
         bar.update()
 
     def _gradient(self, batches: list[Batch], iteration: int) -> float:
-        """Leave the mean gradient of all samples in `.grad`, and return their mean loss."""
+        """Leave the mean gradient of all processes' samples in `.grad`, and return their mean loss."""
         losses = []
         for micro_step, batch in enumerate(batches):
-            X = Y = batch.tokens.to(self.run.device)  # [B, T]; the loss shifts the labels
+            X = Y = batch.tokens.to(self.launch.device)  # [B, T]; the loss shifts the labels
             self.engine.attach_train_batch(X, Y, iteration, batch.offsets, domains=batch.domains)
             X_forward, Y_forward = self.engine.prepare_forward_input(X, Y)
             with self.autocast:
@@ -251,7 +274,7 @@ class Trainer:
             if self.ledger is not None:
                 self._count_values(batch, iteration, micro_step)
         self.engine.prepare_gradients()
-        return torch.stack(losses).mean().item()
+        return statistics.fmean(self.launch.gathered(torch.stack(losses).mean().item()))
 
     def _count_values(self, batch: Batch, iteration: int, micro_step: int) -> None:
         assert self.ledger is not None and self.engine.values is not None
@@ -282,19 +305,22 @@ class Trainer:
 
     def _time_plain_gradient(self, batches: list[Batch]) -> float:
         """Seconds of a plain step's gradient on the same batches; nothing of it stays, random numbers included."""
-        devices = [self.run.device] if self.run.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        device = self.launch.device
+        plain = gf.GhostEngineManager({"method": "Regular"}, self.model, None)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             start = self._clock()
             for batch in batches:
+                X = batch.tokens.to(device)
                 with self.autocast:
-                    loss = lm_losses(self.model, batch.tokens.to(self.run.device)).mean()
+                    loss = plain(X, X).loss
                 self._backward(loss)
+            plain.prepare_gradients()
             seconds = self._clock() - start
         self.optimizer.zero_grad()
         return seconds
 
     def _clock(self) -> float:
-        wait_for(self.run.device)
+        wait_for(self.launch.device)
         return time.perf_counter()
 
     def _checkpoint(self) -> None:
@@ -309,7 +335,7 @@ class Trainer:
     def _flush(self) -> None:
         self._save_scores()
         self.engine.cleanup()
-        if self.timings.steps:
-            tokens = self.options.batch_size * self.options.gradient_accumulation_steps * self.options.block_size
-            summary = self.timings.summary(self.run.device, tokens)
+        if self.timings.steps and self.launch.is_first:
+            samples = self.options.batch_size * self.options.gradient_accumulation_steps * self.launch.size
+            summary = self.timings.summary(self.launch, samples * self.options.block_size)
             write_whole(self.run.folder / "timing.json", json.dumps(summary, indent=2) + "\n")

@@ -1,20 +1,18 @@
 """What every training loop needs: optimizer, learning rate, evaluation, and checkpoints that survive a kill."""
 
 import math
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from transformers import PreTrainedModel
 
 import ghostfunc as gf
-from shared.dataloader import Corpora, TokenCorpus
+from ghostfunc.checkpoint import TrainingCheckpoints
+from shared.dataloader import Corpora
+from shared.distributed import Launch
 from shared.utils import StopRequest, write_whole
 
 WEIGHT_DECAY = 0.1
@@ -85,8 +83,11 @@ def evaluate(
     device: torch.device,
     autocast: torch.autocast,
     stop: StopRequest,
+    launch: Launch | None = None,
 ) -> dict[str, float]:
     """Mean loss of each split over the same `batches` batches every time, in evaluation mode without dropout.
+
+    Several processes take turns with the batches, and all get the means, which are those of one process.
 
     Args:
         model: left in the mode in which it came.
@@ -97,6 +98,7 @@ def evaluate(
         device: where the model is.
         autocast: the context of the forward passes.
         stop: asked between batches.
+        launch: the processes; None for this one alone.
 
     Returns:
         `{"train_loss": ..., "val_loss": ..., "test_loss": ...}`.
@@ -105,24 +107,24 @@ def evaluate(
         Stopped: if a stop was requested.
     """
     was_training = model.training
+    launch = launch or Launch(device)
     model.eval()
     try:
         means = {}
         for split, corpus in corpora._asdict().items():
-            total = 0.0
-            for tokens in _evaluation_batches(corpus, batch_size, batches, seed):
+            own: dict[int, float] = {}
+            for turn in range(0, batches, launch.size):
                 stop.check()
-                with autocast:
-                    total += lm_losses(model, tokens.to(device)).mean().item()
-            means[f"{split}_loss"] = total / batches
+                number = turn + launch.rank
+                if number < batches:
+                    tokens = corpus.sample(min(batch_size, corpus.blocks), seed=seed, step=number).tokens  # [B, T]
+                    with autocast:
+                        own[number] = lm_losses(model, tokens.to(device)).mean().item()
+            losses = dict(pair for of_rank in launch.gathered(own) for pair in of_rank.items())
+            means[f"{split}_loss"] = sum(losses[number] for number in range(batches)) / batches
         return means
     finally:
         model.train(was_training)
-
-
-def _evaluation_batches(corpus: TokenCorpus, batch_size: int, batches: int, seed: int) -> Iterator[Tensor]:
-    for number in range(batches):
-        yield corpus.sample(min(batch_size, corpus.blocks), seed=seed, step=number).tokens  # [B, T]
 
 
 class Evaluations:
@@ -154,61 +156,31 @@ class Evaluations:
         self.iterations.add(iteration)
 
 
-_STEP = "step-"
-
-
 def save_checkpoint(
     folder: Path, step: int, model: PreTrainedModel, optimizer: Optimizer, scaler: torch.GradScaler
 ) -> None:
-    """Write `folder/step-<step>` whole or not at all, then remove older ones.
+    """Write `folder/step-<step>` whole or not at all, then remove older ones; every rank calls it.
 
-    It holds a model folder that transformers loads (`config.json`, `model.safetensors`), and `training.pt` with the
-    optimizer, the loss scaler and torch's random numbers.
+    It holds a model folder that transformers loads (`config.json`, `model.safetensors`), and the state of the training:
+    model, optimizer, loss scaler, and the random numbers of each rank.
     """
-    final = folder / f"{_STEP}{step:08d}"
-    if final.exists():  # the run was stopped where it had resumed
-        return
-    draft = folder / ".draft"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    model.config.save_pretrained(draft)
-    save_model(model, str(draft / "model.safetensors"), metadata={"format": "pt"})
-    state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "random": _random_state()}
-    torch.save(state, draft / "training.pt")
-    os.rename(draft, final)
-    for older in _checkpoints(folder):
-        if older != final:
-            shutil.rmtree(older)
+    _checkpoints(folder, model, optimizer, scaler).save(step)
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, scaler: torch.GradScaler) -> int:
-    """Load the newest checkpoint in place.
+def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: Optimizer, scaler: torch.GradScaler) -> int:
+    """Load the newest checkpoint in place; every rank calls it.
 
     Returns:
         The steps it has behind it; 0 where there is no checkpoint, and then nothing is changed.
     """
-    checkpoints = _checkpoints(folder)
-    if not checkpoints:
-        return 0
-    newest = checkpoints[-1]
-    load_model(model, newest / "model.safetensors")
-    state = torch.load(newest / "training.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    _restore_random_state(state["random"])
-    return int(newest.name.removeprefix(_STEP))
+    return _checkpoints(folder, model, optimizer, scaler).load().step
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"{_STEP}*"))
+def _checkpoints(
+    folder: Path, model: PreTrainedModel, optimizer: Optimizer, scaler: torch.GradScaler
+) -> TrainingCheckpoints:
+    def add_model_folder(checkpoint: Path) -> None:
+        model.config.save_pretrained(checkpoint)
+        save_model(model, str(checkpoint / "model.safetensors"), metadata={"format": "pt"})
 
-
-def _random_state() -> dict[str, Any]:
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": devices}
-
-
-def _restore_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    return TrainingCheckpoints(folder, model, optimizer, also={"scaler": scaler}, beside=add_model_folder)
