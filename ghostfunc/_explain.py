@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
@@ -24,6 +24,7 @@ from ghostfunc._axes import match_layers
 from ghostfunc._batch import batch_size, cannot_join, join, plain
 from ghostfunc._call import Params
 from ghostfunc._factors import Later
+from ghostfunc._fake import as_fake, fake_mode, new_mode
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._planner import Budget, Shape, best_order
 from ghostfunc._products import Along, Joint
@@ -162,7 +163,8 @@ def explain(
 
     Args:
         model_fn: `model_fn(params, batch) -> losses[B]`.
-        params: parameters by name.
+        params: parameters by name; those of a `FakeTensorMode` or on the meta device do, and the batch is then taken
+            for one without values too.
         batch: the train batch.
         val: a validation batch, for the plan of `value_and_grad_dot`; without it, that of `ghost_grad_along`.
         layers: as in `ghost_grad_dot`.
@@ -193,12 +195,18 @@ def explain(
     if schedule not in ("auto", "joint", "two-phase"):
         raise ValueError(f"schedule={schedule!r}: expected 'auto', 'joint' or 'two-phase'.")
     joint = m > 0 and schedule != "two-phase" and not cannot_join(batch, val)
+    mode = fake_mode(params.values())
+    if mode is not None:
+        params = {name: as_fake(mode, p) for name, p in params.items()}
+        batch, val = pytree.tree_map_only(Tensor, partial(as_fake, mode), (batch, val))
     before = RandomState.of(next(iter(params.values())).device)
     plan = partial(_plan, model_fn, params, batch, val, n, m, names, on_unsupported == "dense", Budget(memory))
     try:
-        return plan(joint)
+        with mode or nullcontext():
+            return plan(joint)
     except DrewRandomNumbers:
-        return plan(False)
+        with mode or nullcontext():
+            return plan(False)
     finally:
         before.restore()
 
@@ -248,10 +256,10 @@ def _flops_of_plain_step(model_fn: ModelFn, params: dict[str, Tensor], batch: An
 
     None for a model that decides by values. Attention is counted as plain products: a fused kernel does the same ones.
     """
-    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+    with warnings.catch_warnings(), fake_mode(params.values()) or new_mode() as fake:
         warnings.simplefilter("ignore")
-        leaves = {name: fake.from_tensor(p.detach()).requires_grad_() for name, p in params.items()}
-        batch = pytree.tree_map_only(Tensor, fake.from_tensor, batch)
+        leaves = {name: as_fake(fake, p).requires_grad_() for name, p in params.items()}
+        batch = pytree.tree_map_only(Tensor, partial(as_fake, fake), batch)
         counter = FlopCounterMode(display=False, custom_mapping={aten.convolution_backward: _of_convolution_backward})
         try:
             with counter, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
