@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import ghostfunc as gf
@@ -111,6 +113,8 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     told: dict[str, Any] = {"mine": over(folder / "pass", group)}
     if ranks == 2:
         told |= messages(folder, group, rank)
+    else:
+        loop(fully_shard(module(), mesh=init_device_mesh("cpu", (ranks,))), folder / "sharded", group, rank, ranks)
     torch.save(rows, folder / f"rows-{rank}.pt")
     (folder / f"told-{rank}.json").write_text(json.dumps(told))
     dist.destroy_process_group()

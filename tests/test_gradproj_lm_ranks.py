@@ -57,7 +57,7 @@ def arguments(world: Path, output: object, *more: object) -> list[str]:
         "proj_rank_total": 16,
         "proj_dtype": "float32",
         "proj_save_interval": 2,
-        "timeout": 120,
+        "timeout": 600,
     }
     return [text for name, value in fixed.items() for text in (f"--{name}", str(value))] + [str(m) for m in more]
 
@@ -141,7 +141,7 @@ def killed(world, tmp_path_factory) -> Iterator[Path]:
     began = time.monotonic()
     status, _, errors = finish(process)
     assert status != 0 and "SIGKILL" in errors
-    assert time.monotonic() - began < 60, "the others end with it"
+    assert time.monotonic() - began < 120, "the others end with it, long before their timeout"
     missing = len(Store(folder).missing_shards)
     assert 0 < missing < BLOCKS // 4
     yield folder
@@ -178,7 +178,8 @@ def test_processes_without_a_shared_disk_are_refused(world, tmp_path):
         start(*TORCHRUN, 2, "--no-python", "bash", "-c", command, HERE / "main.py", *arguments(world, tmp_path))
     )
     assert status != 0
-    assert errors.count("is another folder for process 1 on") == 2, "both say so"
+    lines = [line for line in errors.splitlines() if line.startswith("main.py: error:")]
+    assert len(lines) == 2 and all("is another folder for process 1 on" in line for line in lines)
     assert not list(tmp_path.glob("disk-*/*"))
 
 

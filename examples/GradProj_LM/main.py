@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, for `shared` and this package
 
 from ghostfunc import RankFailed
-from ghostfunc.index import StoreError, load_model, model_fingerprint
+from ghostfunc.failures import fail_together
+from ghostfunc.index import load_model, model_fingerprint
 from GradProj_LM import config_file
 from GradProj_LM.gradproj_loop import Projector, Run
 from shared.dataloader import load_corpus
@@ -67,16 +68,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """
     parser = build_parser()
     options = parse(parser, argv)
+    status = 2
     try:
-        with launched(options.device, options.timeout) as launch:
+        with launched(options.device, options.timeout) as launch, fail_together():
             projector = prepare(options, launch)
-            try:
-                projector.project()
-            except (FloatingPointError, StoreError, RankFailed) as error:
-                parser.exit(1, f"{parser.prog}: error: {error}\n")
+            status = 1
+            projector.project()
             return projector.run.folder
-    except (ImportError, OSError, ValueError, RankFailed) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except (ImportError, OSError, ValueError, FloatingPointError, RankFailed) as error:
+        parser.exit(status, f"{parser.prog}: error: {error}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
