@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -142,6 +145,17 @@ def test_what_a_fingerprint_is_of():
     ]
     assert len({model_fingerprint(params) for params in [one, *others]}) == 7
     assert model_fingerprint(one) == model_fingerprint({"b": one["b"], "a": torch.tensor([1.0, 0.0, 2.0, 0.0])[::2]})
+
+
+def test_sharded_parameters_have_no_fingerprint():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = {"a": torch.zeros(2), "w": distribute_tensor(torch.zeros(2), mesh, [Shard(0)])}
+        with pytest.raises(ValueError, match=r"w is sharded over ranks \(a DTensor\).*load the model unsharded"):
+            model_fingerprint(sharded)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_progress_bars_are_as_they_were(tmp_path, capfd):

@@ -11,6 +11,7 @@ from ghostfunc.cli import _progress
 from ghostfunc.cli._app import app
 from ghostfunc.cli._config import IndexConfig, RunConfig, ScoreConfig
 from ghostfunc.cli._run_files import file_of, run_files, save
+from ghostfunc.cli._share import Share
 
 
 def config_of(folder: Path, **settings: object) -> IndexConfig:
@@ -111,8 +112,10 @@ def test_saving_leaves_nothing_behind(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     (tmp_path / "run.yaml.0.tmp").write_text("cut off")
     save(config, tmp_path / "run.yaml", 0)
-    (tmp_path / "run.yaml.0.tmp").write_text("cut off")
+    (tmp_path / "run.yaml.5.tmp").write_text("cut off")  # by a process that the next run does not have
     save(config, tmp_path / "run.yaml", 0)
+    save(replace(config, token_budget=1), tmp_path / "run.yaml", 1)
+    assert "token_budget: 1\n" in (tmp_path / "run.yaml").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
     assert set(yaml.safe_load((tmp_path / "run.yaml").read_text())) == {field.name for field in fields(IndexConfig)}
 
@@ -135,6 +138,20 @@ def test_progress_in_plain_lines(capsys: pytest.CaptureFixture, monkeypatch: pyt
         "indexing: 400 of 1,000 samples (40%)",
         "indexing: 500 of 1,000 samples (50%), 500 tokens/s, 0:00:50 left",
         "indexing: 1,000 of 1,000 samples (100%), 500 tokens/s",
+    ]
+
+
+def test_the_more_processes_the_fewer_lines_of_each(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(_progress.time, "monotonic", lambda: clock[0])
+    with _progress.progress("indexing", share=Share(2, 4)) as report:
+        for seconds, done in [(0, 0), (12, 250), (39, 500), (41, 750), (50, 1000)]:
+            clock[0] = 100.0 + seconds
+            report(done, 1000, done)
+    assert [line.split(" samples")[0] for line in capsys.readouterr().err.splitlines()] == [
+        f"rank 2 of 4: indexing: {done} of 1,000" for done in ("0", "750", "1,000")
     ]
 
 

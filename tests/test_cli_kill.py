@@ -1,4 +1,4 @@
-"""`ghostfunc index` killed by SIGKILL at any moment: the same command goes on, and ends with the same bytes."""
+"""Commands killed by SIGKILL at any moment, one process or several: they go on, and end with the same bytes."""
 
 import os
 import random
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,17 +18,20 @@ from ghostfunc.index import Store
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 # Runs the first command that it reads itself, and so imports everything once, and each that follows in a process of its
-# own. It answers with the process, and then with its end.
+# own. It answers with the process, and when asked for it, with its end.
 SERVER = """
 import os, sys
 from ghostfunc.cli._app import app
 app(sys.stdin.readline().split(), standalone_mode=False)
 for line in sys.stdin:
+    verb, *words = line.split()
+    if verb == "wait":
+        print("ended", os.waitstatus_to_exitcode(os.waitpid(int(words[0]), 0)[1]), flush=True)
+        continue
     child = os.fork()
     if not child:
-        app(line.split())
+        app(words)
     print("started", child, flush=True)
-    print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 COMMAND = [sys.executable, "-c", "from ghostfunc.cli import main; main()"]
 
@@ -35,12 +39,13 @@ COMMAND = [sys.executable, "-c", "from ghostfunc.cli import main; main()"]
 class Commands:
     """The server, asked from here."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: list[str]) -> None:
         piped = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
         self._server = subprocess.Popen([sys.executable, "-c", SERVER], **piped)
         assert self._server.stdin and self._server.stdout
         self._asked = self._server.stdin
         self._lines = iter(self._server.stdout.readline, "")
+        print(*first, file=self._asked, flush=True)
 
     def __enter__(self) -> "Commands":
         return self
@@ -48,10 +53,20 @@ class Commands:
     def __exit__(self, *_: object) -> None:
         self._server.__exit__(None, None, None)
 
-    def ask(self, arguments: list[str]) -> None:
-        print(*arguments, file=self._asked, flush=True)
+    def start(self, arguments: list[str]) -> int:
+        """Begin a command, and return its process."""
+        return self._answer("started", "start", *arguments)
 
-    def answer(self, word: str) -> int:
+    def wait(self, child: int) -> int:
+        """The exit status of a command; minus the signal that ended it."""
+        return self._answer("ended", "wait", child)
+
+    def run(self, arguments: list[str]) -> int:
+        """The exit status of a command, from its start to its end."""
+        return self.wait(self.start(arguments))
+
+    def _answer(self, word: str, *question: object) -> int:
+        print(*question, file=self._asked, flush=True)
         return int(next(line for line in self._lines if line.startswith(word)).split()[1])
 
 
@@ -61,67 +76,116 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(folder / "model")
     make_texts(folder / "few.jsonl", range(32))
     make_texts(folder / "many.jsonl", range(80))
+    make_texts(folder / "questions.jsonl", range(90, 92))
     return folder
 
 
-def arguments(world: Path, data: str, out: str) -> list[str]:
+@pytest.fixture(scope="module")
+def commands(world: Path) -> Iterator[Commands]:
+    with Commands(arguments(world, "few", "whole-index")) as running:
+        yield running
+
+
+def arguments(world: Path, data: str, out: str, *, command: str = "index") -> list[str]:
     # One sample a shard and a batch: the more to be killed between.
-    run = f"index {world}/{data}.jsonl --model {world}/model --out {world}/{out} --shard-rows 1 --token-budget 1"
-    return [*run.split(), "--rank", "16", "--min-rank", "2", "--block-size", "64"]
+    run = f"{command} {world}/{data}.jsonl --model {world}/model --out {world}/{out} --shard-rows 1 --token-budget 1"
+    own = {"index": "--rank 16 --min-rank 2", "score": f"--file {world}/questions.jsonl"}[command]
+    return [*run.split(), *own.split(), "--block-size", "64"]
+
+
+def ranks(command: list[str], world: int) -> list[list[str]]:
+    """The command of each of so many processes."""
+    return [[*command, "--rank-of", str(rank), "--world-size", str(world)] for rank in range(world)]
 
 
 def shards(folder: Path) -> int:
     return len(list((folder / "shards").glob("*.json"))) if folder.exists() else 0
 
 
-def test_killed_three_times(world: Path) -> None:
+def test_killed_three_times(world: Path, commands: Commands) -> None:
     randomly = random.Random(0)
     partly = []
-    with Commands() as commands:
-        commands.ask(arguments(world, "few", "whole"))
-        for after in (1, 5, 10):
-            commands.ask(arguments(world, "few", "killed"))
-            child = commands.answer("started")
-            while shards(world / "killed") < after:
-                time.sleep(0.001)
-            time.sleep(randomly.uniform(0, 0.01))
-            os.kill(child, signal.SIGKILL)
-            assert commands.answer("ended") == -signal.SIGKILL
-            partly.append(shards(world / "killed"))
-        commands.ask(arguments(world, "few", "killed"))
-        assert commands.answer("ended") == 0
+    for after in (1, 5, 10):
+        child = commands.start(arguments(world, "few", "killed"))
+        while shards(world / "killed") < after:
+            time.sleep(0.001)
+        time.sleep(randomly.uniform(0, 0.01))
+        os.kill(child, signal.SIGKILL)
+        assert commands.wait(child) == -signal.SIGKILL
+        partly.append(shards(world / "killed"))
+    assert commands.run(arguments(world, "few", "killed")) == 0
     assert partly == sorted(partly) and partly[0] >= 1 and partly[-1] < 32, "each kill left a part"
-    assert content(world / "killed") == content(world / "whole")
+    assert content(world / "killed") == content(world / "whole-index")
     Store(world / "killed").verify()
 
 
+@pytest.mark.parametrize("command", ["index", pytest.param("score", marks=pytest.mark.slow)])
+def test_a_killed_rank_of_three_is_made_up_for_by_two(world: Path, commands: Commands, command: str) -> None:
+    whole, killed = world / f"whole-{command}", world / f"killed-rank-{command}"
+    assert commands.run(arguments(world, "few", whole.name, command=command)) == 0  # the index is there already
+    asked = arguments(world, "few", killed.name, command=command)
+    children = [commands.start(of_rank) for of_rank in ranks(asked, 3)]
+    while shards(killed) < 3:
+        time.sleep(0.001)
+    os.kill(children[1], signal.SIGKILL)
+    assert [commands.wait(child) for child in children] == [0, -signal.SIGKILL, 0]
+    assert 20 <= shards(killed) < 32 and not Store(killed).complete
+    assert [commands.wait(child) for child in [commands.start(of_rank) for of_rank in ranks(asked, 2)]] == [0, 0]
+    assert content(killed) == content(whole)
+    Store(killed).verify()
+
+
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments(world: Path) -> None:
+@pytest.mark.parametrize("command", ["index", "score"])
+def test_any_number_of_ranks_killed_at_random_moments(world: Path, commands: Commands, command: str) -> None:
+    randomly = random.Random(1)
+    whole, killed = world / f"one-{command}", world / f"any-{command}"
+    began = time.monotonic()
+    assert commands.run(arguments(world, "many", whole.name, command=command)) == 0
+    seconds = time.monotonic() - began
+    asked = arguments(world, "many", killed.name, command=command)
+    partly, died = [], 0
+    for _ in range(8):
+        children = [commands.start(of_rank) for of_rank in ranks(asked, randomly.randint(1, 4))]
+        time.sleep(randomly.uniform(0, seconds))
+        for child in children:
+            with suppress(ProcessLookupError):  # it may have finished
+                os.kill(child, signal.SIGKILL)
+        died += sum(commands.wait(child) == -signal.SIGKILL for child in children)
+        partly.append(shards(killed))
+    assert died >= 8 and len(set(partly)) > 1, "kills came between shards"
+    children = [commands.start(of_rank) for of_rank in ranks(asked, 3)]
+    assert [commands.wait(child) for child in children] == [0, 0, 0]
+    assert content(killed) == content(whole)
+    for count in (2, 3):  # and without a kill
+        several = world / f"{count}-{command}"
+        for of_rank in ranks(arguments(world, "many", several.name, command=command), count):
+            assert commands.run(of_rank) == 0
+        assert content(several) == content(whole)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(world: Path, commands: Commands) -> None:
     randomly = random.Random(0)
     killed, finished = 0, 0
-    with Commands() as commands:
-        commands.ask(arguments(world, "few", "warm"))
-        commands.ask(arguments(world, "many", "once"))
-        commands.answer("started")
-        began = time.monotonic()
-        assert commands.answer("ended") == 0
-        seconds = time.monotonic() - began
-        while killed < 20 or not finished:
-            out = f"often-{finished}"
-            commands.ask(arguments(world, "many", out))
-            child = commands.answer("started")
-            if killed < 20:
-                time.sleep(randomly.uniform(0, seconds))
-                with suppress(ProcessLookupError):  # it may have finished
-                    os.kill(child, signal.SIGKILL)
-            ended = commands.answer("ended")
-            assert ended in (0, -signal.SIGKILL)
-            if ended:
-                killed += 1
-                continue
-            assert content(world / out) == content(world / "once")
-            Store(world / out).verify()
-            finished += 1
+    began = time.monotonic()
+    assert commands.run(arguments(world, "many", "once")) == 0
+    seconds = time.monotonic() - began
+    while killed < 20 or not finished:
+        out = f"often-{finished}"
+        child = commands.start(arguments(world, "many", out))
+        if killed < 20:
+            time.sleep(randomly.uniform(0, seconds))
+            with suppress(ProcessLookupError):  # it may have finished
+                os.kill(child, signal.SIGKILL)
+        ended = commands.wait(child)
+        assert ended in (0, -signal.SIGKILL)
+        if ended:
+            killed += 1
+            continue
+        assert content(world / out) == content(world / "once")
+        Store(world / out).verify()
+        finished += 1
 
 
 @pytest.mark.slow

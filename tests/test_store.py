@@ -173,7 +173,7 @@ def test_an_index_that_is_not_complete(tmp_path: Path) -> None:
     rows = torch.randn(12, DIM)
     source = StoreWriter(tmp_path, dim=DIM).source("data", fingerprint="d", rows=12, shard_rows=4)
     assert not Store(tmp_path).complete
-    for shard in source.missing(rank=1, world=2):
+    for shard in source.missing()[1::2]:
         source.write(shard, rows[shard.start : shard.stop], samples_of(shard.start, shard.stop))
     store = Store(tmp_path)
     assert source.rows_written == 4

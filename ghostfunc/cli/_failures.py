@@ -13,12 +13,14 @@ import os
 import sys
 from collections.abc import Callable
 from functools import wraps
+from inspect import signature
 from typing import Any
 
 import torch
 import typer
 
 from ghostfunc._errors import UnsupportedUse
+from ghostfunc.cli._share import prefix_of, refuse_several
 
 TRACEBACK = "GHOSTFUNC_TRACEBACK"
 _WRONG_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
@@ -31,18 +33,23 @@ def ends_well(*, resumable: bool) -> Callable[[Callable[..., None]], Callable[..
         resumable: whether the same command goes on after an interruption, which Ctrl-C then says.
 
     Returns:
-        The decorator. With `GHOSTFUNC_TRACEBACK` set in the environment, errors are raised as they are.
+        The decorator. A command without a parameter `processes` is refused to several of them. With
+        `GHOSTFUNC_TRACEBACK` set in the environment, errors are raised as they are.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        alone = "processes" not in signature(command).parameters
+
         @wraps(command)
         def guarded(*args: Any, **kwargs: Any) -> None:
             try:
+                if alone:
+                    refuse_several(command.__name__)
                 command(*args, **kwargs)
                 sys.stdout.flush()
             except KeyboardInterrupt:
                 goes_on = ": the same command goes on from what is written" if resumable else ""
-                _say(f"interrupted{goes_on}")
+                _say(f"{prefix_of(kwargs)}interrupted{goes_on}")
                 raise typer.Exit(130) from None
             except BrokenPipeError:
                 # The interpreter flushes stdout once more as it ends, and would complain.
@@ -52,7 +59,7 @@ def ends_well(*, resumable: bool) -> Callable[[Callable[..., None]], Callable[..
                 status = _status(error)
                 if status is None or os.environ.get(TRACEBACK):
                     raise
-                _say(f"error: {_reason(error)}")
+                _say(f"{prefix_of(kwargs)}error: {_reason(error)}")
                 raise typer.Exit(status) from None
 
         return guarded

@@ -10,12 +10,13 @@ from typing import Annotated
 
 from ghostfunc.cli import _options as options
 from ghostfunc.cli._config import IndexConfig
-from ghostfunc.cli._console import print_json, stdout_is_for_results
+from ghostfunc.cli._console import print_json, say, stdout_is_for_results
 from ghostfunc.cli._describe import describe, print_description
 from ghostfunc.cli._failures import ends_well
 from ghostfunc.cli._library import open_model, open_own_data, projection_of
 from ghostfunc.cli._progress import progress
 from ghostfunc.cli._run_files import file_of, run_file, run_files, save
+from ghostfunc.cli._share import LastWord, Share, share_done, wait_for_rank_0
 from ghostfunc.index import Store, build_index
 from ghostfunc.index._manifest import read_sources
 from ghostfunc.text import Corpus
@@ -91,7 +92,7 @@ def index(
         ghostfunc index --config my-index/run.yaml
     """
     given = dict(locals())
-    options.check_share(process, processes)
+    share = Share.of(process, processes)
     if append and config is None and out is not None and run_file(Path(out)).exists():
         settings = replace(IndexConfig.of(given, run_file(Path(out))), limit=limit)
     else:
@@ -99,9 +100,13 @@ def index(
     began = time.monotonic()
     with stdout_is_for_results():
         file = file_of(settings)
-        tokens = _build(settings, file, process, processes)
+        last = LastWord(settings.out, share)
+        tokens = _build(settings, file, share, last)
     store = Store(settings.out)
     seconds = time.monotonic() - began
+    if not last.is_ours(store):
+        say(share_done(share, store, tokens, seconds))
+        return
     if json:
         print_json({**describe(store), "run": {"tokens": tokens, "seconds": round(seconds, 3)}})
         return
@@ -113,24 +118,26 @@ def index(
         print(f"Look at it:  ghostfunc report {folder} 'A prompt'")
 
 
-def _build(settings: IndexConfig, file: Path, process: int, processes: int) -> int:
+def _build(settings: IndexConfig, file: Path, share: Share, last: LastWord) -> int:
     """Build the index.
 
     Returns:
         How many tokens this run computed.
     """
-    opened = open_model(settings.model, dtype=settings.model_dtype, device=settings.device)
+    opened = open_model(settings.model, dtype=settings.model_dtype, device=settings.device, share=share)
     corpus = open_own_data(settings, opened)
+    wait_for_rank_0(share, file)
     if settings.append:
         corpus.name = _name_among(Path(settings.out), corpus)
     projection = projection_of(settings, opened, corpus, begun=bool(run_files(Path(settings.out))))
     computed = -1
-    with progress("indexing") as report:
+    with progress("indexing", share=share) as report:
 
         def told(done: int, total: int, tokens: int) -> None:
             nonlocal computed
             if computed < 0:  # from here on the folder is an index of these settings
-                save(settings, file, process)
+                save(settings, file, share.rank)
+                last.begin(work=done < total)
             computed = tokens
             report(done, total, tokens)
 
@@ -144,8 +151,8 @@ def _build(settings: IndexConfig, file: Path, process: int, processes: int) -> i
             dtype=settings.dtype,
             token_budget=settings.token_budget,
             shard_rows=settings.shard_rows,
-            rank=process,
-            world=processes,
+            rank=share.rank,
+            world=share.world,
             append=settings.append,
             progress=told,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import ghostfunc as gf
 from ghostfunc import KroneckerProjection
 from ghostfunc.cli._config import IndexConfig, RunConfig
 from ghostfunc.cli._console import say
+from ghostfunc.cli._share import ALONE, Share
 from ghostfunc.index import Model, load_model
 from ghostfunc.index._build import PROJECTION_FILE
 from ghostfunc.text import Corpus, load_tokenizer, open_corpus
@@ -41,15 +41,15 @@ class Opened(NamedTuple):
         return next(iter(self.params.values())).device
 
 
-def open_model(name: str, *, dtype: str, device: str) -> Opened:
-    """Load a causal language model; weights that are not trained are told.
+def open_model(name: str, *, dtype: str, device: str, share: Share = ALONE) -> Opened:
+    """Load a causal language model; weights that are not trained are told, by one of several processes.
 
     Raises:
         ValueError: if the dtype or the device is unknown, or it is no causal language model.
         OSError: if there is no such model.
     """
-    model = load_model(name, dtype=_dtype(dtype), device=_device(device))
-    if not model.trained:
+    model = load_model(name, dtype=_dtype(dtype), device=_device(device, share.local_rank))
+    if not model.trained and share.rank == 0:
         say(f"{name} has no trained weights: they are random numbers, and scores say nothing about a trained model")
     return Opened(model, *gf.functionalize(model.module, gf.causal_lm_loss))
 
@@ -128,11 +128,12 @@ def _dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _device(name: str) -> str:
-    """The device to run on; "auto" gives each process of torchrun a GPU of its own, where there are any."""
+def _device(name: str, local_rank: int) -> str:
+    """The device to run on; each process of a machine gets a GPU of its own, unless one is named by its number."""
     if name == "auto":
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        return f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        return f"cuda:{local_rank % torch.cuda.device_count()}"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ghostfunc.cli._config import IndexConfig
+from ghostfunc.cli._share import RANKS, WORLDS
 
 DATA, MODEL, PROJECTION, QUERIES, SEARCH, RUN = "Data", "Model", "Projection", "Queries", "Search", "Run"
 _DEFAULTS = {field.name: field.default for field in fields(IndexConfig) if field.default is not MISSING}
@@ -68,7 +69,7 @@ Dtype = Annotated[
 ]
 Process = Annotated[
     int,
-    option(RUN, "Which of --world-size processes this is, from 0.", "--rank-of", min=0, envvar="RANK", metavar="N"),
+    option(RUN, "Which of --world-size processes this is, from 0.", "--rank-of", min=0, envvar=RANKS, metavar="N"),
 ]
 Processes = Annotated[
     int,
@@ -77,7 +78,7 @@ Processes = Annotated[
         "How many processes share the work, at the same time or one after the other.",
         "--world-size",
         min=1,
-        envvar="WORLD_SIZE",
+        envvar=WORLDS,
         metavar="N",
     ),
 ]
@@ -117,9 +118,3 @@ MovedData = Annotated[
     option(DATA, "Where data of the index is, if it has moved; for the text.", "--data", metavar="DATA"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; everything else goes to stderr.")]
-
-
-def check_share(process: int, processes: int) -> None:
-    """Refuse a process's number that is none of theirs."""
-    if process >= processes:
-        raise ValueError(f"--rank-of {process} is none of {processes} processes (--world-size), which count from 0")

@@ -10,28 +10,30 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ghostfunc.cli._console import say, status
+from ghostfunc.cli._share import ALONE, Share
 
 Report = Callable[[int, int, int], None]
 SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextmanager
-def progress(what: str, unit: str = "samples") -> Iterator[Report]:
-    """Show how far a run is.
+def progress(what: str, unit: str = "samples", share: Share = ALONE) -> Iterator[Report]:
+    """Show how far a run is; of several processes, each its own share, in lines that become fewer the more they are.
 
     Args:
         what: what is being done.
         unit: what is counted; "" to show the share alone.
+        share: which process this is.
 
     Yields:
         `report(done, total, tokens)`: what is finished, by earlier runs too, of how much (0 if nobody knows), and the
         tokens of this run alone.
     """
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and share.world == 1:
         with _Bar(what, unit) as bar:
             yield bar
     else:
-        yield _Lines(what, unit)
+        yield _Lines(f"{share.prefix}{what}", unit, SECONDS_BETWEEN_LINES * share.world)
 
 
 class _Pace:
@@ -98,10 +100,10 @@ class _Bar:
 
 
 class _Lines:
-    """A line at the beginning, at the end, and every ten seconds between."""
+    """A line at the beginning, at the end, and every so many seconds between."""
 
-    def __init__(self, what: str, unit: str) -> None:
-        self._what, self._unit = what, unit
+    def __init__(self, what: str, unit: str, seconds: float) -> None:
+        self._what, self._unit, self._seconds = what, unit, seconds
         self._pace = _Pace()
         self._next = 0.0
         self._said = -1
@@ -111,6 +113,6 @@ class _Lines:
         now = time.monotonic()
         if done == self._said or (now < self._next and done != total):
             return
-        self._next, self._said = now + SECONDS_BETWEEN_LINES, done
+        self._next, self._said = now + self._seconds, done
         facts = [_counted(done, total, self._unit), self._pace.rate, self._pace.left(total - done) if total else ""]
         say(f"{self._what}: {', '.join(filter(None, facts))}")

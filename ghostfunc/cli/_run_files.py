@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from ghostfunc._parquet import TEMPORARY
 from ghostfunc.cli._config import RunConfig, as_flag
+from ghostfunc.index._manifest import create
 
 # Data that is added may be read in its own way; what is made of it is what the index is of.
 _OF_ADDED_DATA = frozenset({"append", "limit", "text_field", "domain_field", "shard_rows"})
@@ -62,12 +65,13 @@ def file_of(config: RunConfig) -> Path:
 def save(config: RunConfig, file: Path, process: int) -> None:
     """Write settings whole or not at all; several processes may do so at once, each with its number."""
     content = config.as_yaml().encode()
-    temporary = file.with_name(f"{file.name}.{process}.tmp")
-    if file.exists() and file.read_bytes() == content:
-        temporary.unlink(missing_ok=True)
+    create(file, content)  # which removes what killed processes left, whatever their numbers
+    if file.read_bytes() == content:
         return
+    temporary = file.with_name(f"{file.name}.{process}{TEMPORARY}")
     with temporary.open("wb") as opened:
         opened.write(content)
         opened.flush()
         os.fsync(opened.fileno())
-    os.replace(temporary, file)
+    with suppress(FileNotFoundError):  # another process of this run has removed it, and saves the same settings
+        os.replace(temporary, file)

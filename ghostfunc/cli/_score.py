@@ -9,13 +9,14 @@ import torch
 
 from ghostfunc.cli import _options as options
 from ghostfunc.cli._config import ScoreConfig
-from ghostfunc.cli._console import print_json, results, stdout_is_for_results
+from ghostfunc.cli._console import print_json, results, say, stdout_is_for_results
 from ghostfunc.cli._describe import describe
 from ghostfunc.cli._failures import ends_well
 from ghostfunc.cli._hits import HELPS, hit_table, listed, samples_of, text_of
 from ghostfunc.cli._library import open_data, open_model, open_own_data
 from ghostfunc.cli._progress import progress
 from ghostfunc.cli._run_files import file_of, save
+from ghostfunc.cli._share import LastWord, Share, share_done, wait_for_rank_0
 from ghostfunc.index import Store, score_corpus, search
 from ghostfunc.text import Corpus
 
@@ -73,43 +74,47 @@ def score(
         ghostfunc score --config scores/run.yaml -k 50 --json
     """
     settings = ScoreConfig.of(locals(), config)
-    options.check_share(process, processes)
+    share = Share.of(process, processes)
     began = time.monotonic()
     with stdout_is_for_results():
-        store, corpus, queries, tokens = _score(settings, process, processes)
-        found = _found(store, corpus, queries, k) if store.complete else []
+        last = LastWord(settings.out, share)
+        store, corpus, queries, tokens = _score(settings, share, last)
+        seconds = time.monotonic() - began
+        if not last.is_ours(store):
+            say(share_done(share, store, tokens, seconds))
+            return
+        found = _found(store, corpus, queries, k)
     if json:
-        run = {"tokens": tokens, "seconds": round(time.monotonic() - began, 3)}
+        run = {"tokens": tokens, "seconds": round(seconds, 3)}
         print_json({**describe(store), "queries": found, "run": run})
         return
     console = results()
     for each in found:
         console.print(hit_table(each, each["hits"]))
         console.print()
-    if found:
-        print(HELPS)
-    else:
-        print("Other processes have yet to score their share; the same command shows the scores then.")
+    print(HELPS)
     print(f"{store.folder}: the scores of {store.rows:,} samples for {len(queries):,} queries")
 
 
-def _score(settings: ScoreConfig, process: int, processes: int) -> tuple[Store, Corpus, Corpus, int]:
+def _score(settings: ScoreConfig, share: Share, last: LastWord) -> tuple[Store, Corpus, Corpus, int]:
     """Score what is not scored yet.
 
     Returns:
         The scores, the data, the queries, and how many tokens this run computed.
     """
     file = file_of(settings)
-    opened = open_model(settings.model, dtype=settings.model_dtype, device=settings.device)
+    opened = open_model(settings.model, dtype=settings.model_dtype, device=settings.device, share=share)
     corpus = open_own_data(settings, opened)
     queries = open_data(settings.file, settings, opened)
+    wait_for_rank_0(share, file)
     computed = -1
-    with progress("scoring") as report:
+    with progress("scoring", share=share) as report:
 
         def told(done: int, total: int, tokens: int) -> None:
             nonlocal computed
             if computed < 0:  # from here on the folder holds scores of these settings
-                save(settings, file, process)
+                save(settings, file, share.rank)
+                last.begin(work=done < total)
             computed = tokens
             report(done, total, tokens)
 
@@ -123,8 +128,8 @@ def _score(settings: ScoreConfig, process: int, processes: int) -> tuple[Store, 
             model=opened.model.name,
             token_budget=settings.token_budget,
             shard_rows=settings.shard_rows,
-            rank=process,
-            world=processes,
+            rank=share.rank,
+            world=share.world,
             progress=told,
         )
     return store, corpus, queries, max(computed, 0)

@@ -97,7 +97,7 @@ def build_index(
         return _rows_and_losses(model_fn, params, batch, projection)
 
     missing = source.missing(rank, world)
-    counter = Counter.of_shards(source.shards[rank::world], missing, progress)
+    counter = Counter.of_shards(source.share(rank, world), missing, progress)
     for shard in missing:
         rows, losses = in_order(
             corpus, shard.start, shard.stop, compute, token_budget=token_budget, device=device, done=counter.add

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ghostfunc._sharded import is_sharded
 from ghostfunc.text import load_tokenizer
 from ghostfunc.text._tokenizers import require_on_hub
 
@@ -56,11 +57,19 @@ def model_fingerprint(params: Mapping[str, Tensor]) -> str:
     Args:
         params: parameters by name, on any device.
 
+    Raises:
+        ValueError: if one is sharded: no rank has its values.
+
     Example:
         >>> weights = {"w": torch.zeros(2)}
         >>> model_fingerprint(weights) == model_fingerprint({"w": torch.zeros(1, 2)})
         False
     """
+    if sharded := next((name for name, value in params.items() if is_sharded(value)), None):
+        raise ValueError(
+            f"{sharded} is sharded over ranks (a DTensor). An index and scores take parameters that are whole on each "
+            "process, which computes samples of its own: load the model unsharded, from its checkpoint."
+        )
     digest = hashlib.sha256()
     for name in sorted(params):
         value = params[name].detach().cpu().contiguous()

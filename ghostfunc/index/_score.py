@@ -111,7 +111,7 @@ def score_corpus(
         corpus.name, fingerprint=corpus.fingerprint, rows=len(corpus), shard_rows=shard_rows, append=append
     )
     missing = source.missing(rank, world)
-    counter = Counter.of_shards(source.shards[rank::world], missing, progress)
+    counter = Counter.of_shards(source.share(rank, world), missing, progress)
     if not missing:
         return Store(folder)
     found = query_gradients(model_fn, params, queries, names, precondition, token_budget, reduction)

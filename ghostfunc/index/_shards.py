@@ -204,6 +204,20 @@ def shards_of(source: SourceFile) -> list[Shard]:
     return [Shard(n, start, min(start + source.shard_rows, source.rows)) for n, start in enumerate(starts)]
 
 
+def share_of(shards: Sequence[Shard], rank: int, world: int) -> list[Shard]:
+    """The shards of a source that process `rank` of `world` writes.
+
+    They are dealt in rounds, each of which begins with the next process: what a dead process of four has left is then
+    spread over all of two, or of eight, and not left to one of them.
+
+    Example:
+        >>> shards = [Shard(number, number, number + 1) for number in range(6)]
+        >>> [[shard.number for shard in share_of(shards, rank, 2)] for rank in range(2)]
+        [[0, 3, 4], [1, 2, 5]]
+    """
+    return [shard for shard in shards if (shard.number + shard.number // world) % world == rank]
+
+
 def numbers_there(folder: Path) -> dict[int, set[int]]:
     """The shards that exist, as the numbers of each source's."""
     found: dict[int, set[int]] = {}

@@ -29,6 +29,7 @@ from ghostfunc.index._shards import (
     numbers_there,
     refuse_damaged,
     shards_of,
+    share_of,
 )
 
 ROW = "row"
@@ -182,17 +183,26 @@ class Source:
         there = numbers_there(self._writer.folder).get(self._number, set())
         return sum(shard.rows for shard in self.shards if shard.number in there)
 
+    def share(self, rank: int = 0, world: int = 1) -> list[Shard]:
+        """The shards that process `rank` of `world` is to write, one of each `world`, whether they are there or not.
+
+        Raises:
+            StoreError: if there is no such process.
+        """
+        if not 0 <= rank < world:
+            raise StoreError(f"rank={rank} is not one of world={world} processes, which are 0 to {world - 1}.")
+        return share_of(self.shards, rank, world)
+
     def missing(self, rank: int = 0, world: int = 1) -> list[Shard]:
-        """The shards that this process has yet to write: of each `world` shards, the one with number `rank`.
+        """The shards of this process's share that it has yet to write.
 
         The share's other shards have been checked, and leftovers of a kill removed, when this returns.
 
         Raises:
-            StoreError: if one of them is damaged or foreign; the message names each, and says what to do.
+            StoreError: if one of them is damaged or foreign; the message names each, and says what to do. If there is
+                no such process.
         """
-        if not 0 <= rank < world:
-            raise StoreError(f"rank={rank} is not one of world={world} processes, which are 0 to {world - 1}.")
-        share = [self._files(shard) for shard in self.shards[rank::world]]
+        share = [self._files(shard) for shard in self.share(rank, world)]
         for files in share:
             files.remove_leftovers()
         refuse_damaged(self._writer.folder, [files for files in share if files.exists])
