@@ -170,7 +170,7 @@ def collected(
     all_m = call.over_ranks(m)
     names = tuple(name for name in call.params if name in call.names)
     divisor = call.over_ranks(n) if mean else 1
-    accumulators = start(Setting(call.params, names, call.dtype, units.runs, m, all_m, divisor, call.ranks))
+    accumulators = start(Setting(call.params, names, call.dtype, units.runs, all_m, all_m, divisor, call.ranks))
     joint = m > 0 and not cannot_join(train, val) and not call.has_aux and units.segments is None
     joint = joint and call.ranks is None
 
@@ -201,13 +201,14 @@ def collected(
             return products, result, result.losses[:n], result.losses[n:]
     val_run = val_losses = None
     if m:
-        each = any(a.val == "each" for a in accumulators)
-        if each and call.ranks is not None:
-            raise ValueError("with group=, ghost_grad_dot has the axis 'val', and ghost_quantities sums over it.")
+        each, here = any(a.val == "each" for a in accumulators), slice(0, m)
+        if each and call.ranks is not None:  # every rank's train samples meet all ranks' validation samples
+            before_mine = sum(call.ranks.counts(m)[: call.ranks.rank])
+            val, m, here = call.ranks.batch(val, "val"), all_m, slice(before_mine, before_mine + m)
         how = {"factors": call.names} if each else {"grads": True}
         with call.together():
             first = call.run(val, m, train=m, dropout=False, batches=(("val", m),), **how)
-        val_run, val_losses = first if each else None, first.losses
+        val_run, val_losses = first if each else None, first.losses[here]
         direction = call.sums(first.grads)
         for a in accumulators:
             if isinstance(a, Dots) and not each:

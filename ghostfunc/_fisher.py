@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ghostfunc._parquet import write_atomically
+from ghostfunc._sharded import is_sharded
 
 _FORMAT = 1
 _PLAN = "preconditioner.json"
@@ -133,6 +134,7 @@ class FisherPreconditioner:
 
         Raises:
             ValueError: if a name is unknown or a shape is not the parameter's.
+            NotImplementedError: if a tensor is sharded.
         """
         unknown = sorted(set(direction) - set(self.blocks) - set(self.left_out))
         if unknown:
@@ -143,6 +145,11 @@ class FisherPreconditioner:
         return {name: self._solve(name, tensor) for name, tensor in direction.items() if name in self.blocks}
 
     def _solve(self, name: str, direction: Tensor) -> Tensor:
+        if is_sharded(direction):
+            raise NotImplementedError(
+                f"direction[{name!r}] is sharded, and eigenvectors turn whole weights: {self.kind} is for unsharded "
+                "parameters. Use another precondition (gf.diagonal)."
+            )
         blocks, shape = self.blocks[name], self.shapes[name]
         if tuple(direction.shape) != shape:
             raise ValueError(

@@ -13,10 +13,13 @@ from torch.utils import _pytree as pytree
 from ghostfunc._batch import batch_size, plain
 from ghostfunc._call import Call, Layers, checked
 from ghostfunc._fisher import FisherPreconditioner, damped
+from ghostfunc._fisher_ranks import diagonalise, sum_moments, sum_squares
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._moments import Matrix, Rows
 from ghostfunc._parameter_fisher import ParameterFisher
+from ghostfunc._ranks import Group
 from ghostfunc._run import Run
+from ghostfunc._sharded import is_sharded
 
 
 def kfac(
@@ -32,6 +35,7 @@ def kfac(
     has_aux: bool = False,
     on_unsupported: str = "raise",
     randomness: str = "different",
+    group: Group | None = None,
 ) -> FisherPreconditioner:
     """A K-FAC preconditioner: (F + lambda I)^-1 with Kronecker-factored blocks of the empirical Fisher matrix.
 
@@ -75,6 +79,9 @@ def kfac(
         has_aux: `model_fn` returns `(losses, aux)`; aux is dropped.
         on_unsupported: as in `ghost_grad_dot`.
         randomness: as in `ghost_grad_dot`, for anything but dropout.
+        group: the data-parallel process group, or a mesh: `batches` are this rank's, of any number, also none; sums
+            are over all ranks' samples, each matrix is diagonalised by one rank, and every rank gets the same
+            preconditioner. Ranks wait for the one with the most batches, which the group's timeout must allow.
 
     Returns:
         A `FisherPreconditioner` for `precondition=`; it can be saved.
@@ -84,6 +91,7 @@ def kfac(
             that match nothing.
         UnsupportedUse: as in `ghost_grad_dot`, or if batches use a parameter in ways whose moments do not add up.
         InteractingSamples: as in `ghost_grad_dot`.
+        NotImplementedError: for sharded parameters.
 
     Cost, of a linear map over n positions: 4 n d_in d_out + 2 n (d_in^2 + d_out^2) FLOPs for each batch, where a
     training step takes 6 n d_in d_out (1.3 steps for a square weight, 2.1 for 1:4, less for a head with one long side);
@@ -111,6 +119,7 @@ def kfac(
         has_aux=has_aux,
         on_unsupported=on_unsupported,
         randomness=randomness,
+        group=group,
     )
 
 
@@ -127,6 +136,7 @@ def ekfac(
     has_aux: bool = False,
     on_unsupported: str = "raise",
     randomness: str = "different",
+    group: Group | None = None,
 ) -> FisherPreconditioner:
     """An EK-FAC preconditioner: K-FAC's eigenvectors with the exact second moments of per-sample gradients along them.
 
@@ -147,6 +157,7 @@ def ekfac(
         has_aux: as in `kfac`.
         on_unsupported: as in `kfac`.
         randomness: as in `kfac`.
+        group: as in `kfac`.
 
     Returns:
         A `FisherPreconditioner`, whose blocks are those of `kfac` with other eigenvalues.
@@ -156,6 +167,7 @@ def ekfac(
         ValueError: as in `kfac`.
         UnsupportedUse: as in `kfac`.
         InteractingSamples: as in `kfac`.
+        NotImplementedError: as in `kfac`.
 
     Cost beside `kfac`: the second pass takes 6 n d_in d_out + 2 n (d_in^2 + d_out^2) FLOPs for a linear map, 1.7 steps
     for a square weight.
@@ -181,6 +193,7 @@ def ekfac(
         has_aux=has_aux,
         on_unsupported=on_unsupported,
         randomness=randomness,
+        group=group,
     )
 
 
@@ -195,18 +208,19 @@ def _fisher(
     **options: Any,
 ) -> FisherPreconditioner:
     call = checked(model_fn, params, **options)
+    if sharded := [name for name, p in call.params.items() if is_sharded(p)]:
+        raise NotImplementedError(
+            f"{kind}: {sharded[0]} is sharded, and Kronecker factors and their eigenvectors are of whole weights. Fit "
+            "it on unsharded parameters, or use another precondition (gf.diagonal)."
+        )
     if not 0 < damping < math.inf:
         raise ValueError(
             f"damping={damping!r}: expected a positive finite number, or directions without curvature blow up."
         )
     if max_side < 1:
         raise ValueError(f"max_side={max_side!r}: expected a side of 1 or more.")
-    if isinstance(batches, (Tensor, Mapping)):
-        raise TypeError(f"batches is one batch, a {type(batches).__name__}; expected an iterable of batches: [batch].")
-    if kind == "ekfac" and isinstance(batches, Iterator):
-        raise TypeError(
-            "batches is an iterator, which ends after one pass; ekfac needs two: pass a list or a DataLoader."
-        )
+    with call.together():
+        _check_batches(kind, batches)
     if not call.names:
         raise ValueError(f"layers: no parameter matches; the parameters are {', '.join(call.params)}.")
     parameters = [
@@ -216,6 +230,8 @@ def _fisher(
     samples = _pass(call, batches, parameters, Matrix.add, grow=True)
     if not samples:
         raise ValueError("batches is empty: the Fisher matrix is a mean over at least one sample.")
+    if call.ranks is not None:
+        sum_moments(call.ranks, parameters, call.dtype, call.device)
     for parameter in parameters:
         for matrix in parameter.matrices:
             if not matrix.is_finite():
@@ -224,12 +240,19 @@ def _fisher(
                     "finite, though the losses are. Look at operations with an infinite derivative (sqrt at 0, norms "
                     "of 0), or use dtype=torch.float64 if they overflow."
                 )
+    matrices = [matrix for parameter in parameters for matrix in parameter.matrices]
+    if call.ranks is None:
+        for matrix in matrices:
             matrix.diagonalise(samples)
+    else:
+        diagonalise(call.ranks, matrices, samples)
     if kind == "ekfac":
         again = _pass(call, batches, parameters, Matrix.add_squares, grow=False)
         if not again:
             raise ValueError("batches: the second pass gave no batch; ekfac goes through them twice.")
-        for matrix in (matrix for parameter in parameters for matrix in parameter.matrices):
+        if call.ranks is not None:
+            sum_squares(call.ranks, matrices)
+        for matrix in matrices:
             matrix.correct(again)
     return FisherPreconditioner(
         kind,
@@ -243,6 +266,15 @@ def _fisher(
     )
 
 
+def _check_batches(kind: str, batches: Iterable[Any]) -> None:
+    if isinstance(batches, (Tensor, Mapping)):
+        raise TypeError(f"batches is one batch, a {type(batches).__name__}; expected an iterable of batches: [batch].")
+    if kind == "ekfac" and isinstance(batches, Iterator):
+        raise TypeError(
+            "batches is an iterator, which ends after one pass; ekfac needs two: pass a list or a DataLoader."
+        )
+
+
 def _pass(
     call: Call,
     batches: Iterable[Any],
@@ -251,14 +283,15 @@ def _pass(
     *,
     grow: bool,
 ) -> int:
-    """Let `add` add each batch's factors to their matrices: the number of samples."""
+    """Let `add` add each batch's factors to their matrices: the number of samples, of all ranks."""
     samples = 0
-    for result in _runs(call, batches):
-        samples += len(result.losses)
-        with torch.no_grad(), torch.autocast(call.device.type, enabled=False):
-            _add_all(result, parameters, add, grow)
-        del result  # before the next batch's factors come
-    return samples
+    with call.together():
+        for result in _runs(call, batches):
+            samples += len(result.losses)
+            with torch.no_grad(), torch.autocast(call.device.type, enabled=False):
+                _add_all(result, parameters, add, grow)
+            del result  # before the next batch's factors come
+    return call.over_ranks(samples)
 
 
 def _add_all(

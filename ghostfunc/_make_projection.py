@@ -13,7 +13,8 @@ from ghostfunc._call import Layers, checked
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._kronecker import KroneckerProjection, Part
 from ghostfunc._principal import Sides, principal_matrices
-from ghostfunc._projected_layers import chosen, uses_of
+from ghostfunc._projected_layers import blocks_of_all_ranks, chosen, kinds_of_all_ranks, uses_of
+from ghostfunc._ranks import Group
 from ghostfunc._sketches import KINDS, random_matrix, ranks
 
 PCA = "pca"
@@ -33,6 +34,7 @@ def kronecker_projection(
     batches: Iterable[Any] | None = None,
     has_aux: bool = False,
     on_unsupported: str = "raise",
+    group: Group | None = None,
 ) -> KroneckerProjection:
     """A projection of per-sample gradients by two small matrices for each parameter, for `ghost_grad_proj`.
 
@@ -73,6 +75,9 @@ def kronecker_projection(
         batches: for "pca" the data, batches like `batch`; by default `batch` alone.
         has_aux: `model_fn` returns `(losses, aux)`.
         on_unsupported: as in `ghost_grad_dot`.
+        group: the data-parallel process group, or a mesh: `batch` and `batches` are this rank's (`batches` of any
+            number, also none), "pca" takes its matrices from all ranks' data, and every rank gets the same projection,
+            of a parameter as the first rank uses it whose samples do.
 
     Returns:
         A projection: `.dim`, `.slices` (the columns of each parameter), `.matrices(name)`.
@@ -97,13 +102,15 @@ def kronecker_projection(
         raise ValueError(f"batches= is the data of kind='pca'; {kind!r} matrices are drawn at random.")
     if rank < 1 or min_rank < 1:
         raise ValueError(f"rank={rank}, min_rank={min_rank}: a projection keeps one number at least.")
-    call = checked(model_fn, params, None, "", has_aux, on_unsupported, "different")
-    uses = uses_of(call, plain(batch))
-    sides: dict[str, Sides] = {}
-    for name in chosen(uses.kinds, layers, include):
-        shape = tuple(call.params[name].shape)
-        blocks = blocks_of(shape, uses.first.get(name))
-        sides[name] = Sides(shape, blocks, *ranks(blocks.d_in, blocks.d_out, rank, min_rank))
+    call = checked(model_fn, params, None, "", has_aux, on_unsupported, "different", group)
+    with call.together():
+        uses = uses_of(call, plain(batch))
+    kinds = uses.kinds if call.ranks is None else kinds_of_all_ranks(call.ranks, uses)
+    shapes = {name: tuple(call.params[name].shape) for name in chosen(kinds, layers, include)}
+    blocks = {name: blocks_of(shape, uses.first.get(name)) for name, shape in shapes.items()}
+    if call.ranks is not None:
+        blocks = blocks_of_all_ranks(call.ranks, uses, blocks)
+    sides = {name: Sides(shapes[name], of, *ranks(of.d_in, of.d_out, rank, min_rank)) for name, of in blocks.items()}
     if kind == PCA:
         matrices = principal_matrices(call, [batch] if batches is None else batches, sides, seed)
     else:

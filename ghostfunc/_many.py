@@ -11,15 +11,17 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ghostfunc._accumulate import Accumulator, Setting
-from ghostfunc._axes import Axes, match_layers
+from ghostfunc._axes import Axes, match_layers, parse
 from ghostfunc._batch import batch_size, plain
-from ghostfunc._call import Layers, Params, Units, checked
+from ghostfunc._call import Call, Layers, Params, Units, checked
 from ghostfunc._compile import one_node
 from ghostfunc._contraction import Contraction, collected
+from ghostfunc._dots import asked_of, dots_of
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._graph_ops import norms_not_finite
 from ghostfunc._nesting import readable, recorded
 from ghostfunc._quantities import Clip, Gram, Norms, Project, Quantity, Stream
+from ghostfunc._randomness import RandomState
 from ghostfunc._ranks import Group
 from ghostfunc._run import Run
 
@@ -82,8 +84,9 @@ def ghost_quantities(
         on_unsupported: as in `ghost_grad_dot`.
         randomness: as in `ghost_grad_dot`.
         group: as in `ghost_grad_dot`: the mean gradient, the validation gradient and the sum of clipped gradients are
-            over all ranks' samples; a `Stream` is of this rank's, and a `Gram` or a `Dot` with the axis "val" is not
-            to be had here.
+            over all ranks' samples; the columns of a `Gram` and the axis "val" of a `Dot` are all ranks' samples, in
+            the order of the ranks; a `Stream` is of this rank's. The samples of other ranks are run on this one too:
+            a `Gram` costs a call of `ghost_grad_gram` beside this one.
 
     Returns:
         `Quantities`: `.losses[n]`, `.val_losses[m]`, `.grads` (of the mean train loss) and `result[name]`. Every
@@ -116,11 +119,9 @@ def ghost_quantities(
                 f"want[{name!r}] is a {type(quantity).__name__}; expected Dot, Along, Gram, Norm, Project, Clip or "
                 "Stream."
             )
-    grams = [name for name, quantity in want.items() if isinstance(quantity, Gram)]
-    if grams and call.ranks is not None:
-        raise ValueError(f"want[{grams[0]!r}]: with group=, ghost_grad_gram has the matrix of all ranks' samples.")
     projections = {name: quantity for name, quantity in want.items() if isinstance(quantity, Project)}
     clips = {name: _groups(quantity.max_norm, names) for name, quantity in want.items() if isinstance(quantity, Clip)}
+    grams = {name: quantity for name, quantity in want.items() if isinstance(quantity, Gram) and call.ranks is not None}
     if len(projections) > 1:
         raise ValueError(f"want has {len(projections)} projections ({', '.join(projections)}); one call makes one.")
     started: dict[str, Accumulator] = {}
@@ -128,12 +129,13 @@ def ghost_quantities(
 
     def start(setting: Setting) -> list[Accumulator]:
         for name, quantity in want.items():
-            if not isinstance(quantity, Project | Clip):
+            if name not in grams and not isinstance(quantity, Project | Clip):
                 started[name] = quantity.start(setting)
         if clips:
             squares.append(Norms(setting, "", Axes("", ("train",), "")))
         return [*started.values(), *squares]
 
+    before = RandomState.of(call.device) if grams else None
     projection = next((quantity.projection for quantity in projections.values()), None)
     # What is no power of the gradient must see it as it is: its mean is made behind the run.
     mean = grads and not clips and not projections and not any(isinstance(q, Stream) for q in want.values())
@@ -142,7 +144,10 @@ def ghost_quantities(
     )
     values: dict[str, Any] = {}
     for name in want:
-        if name in projections:
+        if before is not None and name in grams:
+            before.restore()  # the train samples draw what they drew
+            values[name] = _gram_of_all_ranks(call, train, grams[name])
+        elif name in projections:
             values[name] = contraction.projections(result)
         elif name in clips:
             with call.together():
@@ -155,6 +160,15 @@ def ghost_quantities(
     means = result.grads if all_n == 1 else {name: grad / all_n for name, grad in result.grads.items()}
     aux = pytree.tree_map_only(Tensor, lambda t: t[:n] if t.dim() and len(t) > n else t, result.aux)
     return Quantities(losses, val_losses, means, values, result.unused, aux)
+
+
+def _gram_of_all_ranks(call: Call, train: Any, gram: Gram) -> Any:
+    """Dot products of this rank's train samples with those of all ranks, `[n, all ranks' n]`: a call of its own."""
+    parse(gram.out, ("param", "layer", "train", "other"))
+    out = gram.out.replace("other", "val")
+    asked = asked_of(out, ("param", "layer", "train", "val"), "sum", gram.layer_of, None, None, call.dtype)
+    how = {"precondition": None, "schedule": "two-phase", "grads": False, "segments": None}
+    return dots_of(call, train, train, asked, **how)[0].dots
 
 
 # ---------------------------------------------------------------- clipping

@@ -26,6 +26,8 @@ from ghostfunc._fisher import Block
 
 _TILE_BYTES = 16 << 20
 
+LOOK_UP = "look-up"  # a kind of use, whose moment on the table's side is diagonal
+
 Rows = Outer | Gather
 
 
@@ -79,7 +81,7 @@ class Matrix:
         p, q = self.shape
         right = (factor.g if isinstance(factor, Gather) else factor.right).flatten(0, 1)  # [N, q]
         if isinstance(factor, Gather):
-            kind, ids = "look-up", factor.ids.flatten()
+            kind, ids = LOOK_UP, factor.ids.flatten()
             live = (right != 0).any(1).to(right.dtype)  # [N]
             left_moment = right.new_zeros(p).index_add_(0, ids, live)
         else:
@@ -96,6 +98,13 @@ class Matrix:
             sums.right += here.right
             sums.positions += here.positions
 
+    def zero_sums(self, kind: str, dtype: torch.dtype, device: torch.device) -> Sums:
+        """The sums of a kind of use over no positions."""
+        p, q = self.shape
+        left = (p, p) if p <= self.max_side and kind != LOOK_UP else (p,)
+        right = (q, q) if q <= self.max_side else (q,)
+        return Sums(*(torch.zeros(size, dtype=dtype, device=device) for size in (left, right, ())))
+
     def is_finite(self) -> bool:
         """Whether all sums are finite."""
         return all(bool(torch.isfinite(side).all()) for sums in self.sums.values() for side in (sums.left, sums.right))
@@ -106,6 +115,15 @@ class Matrix:
         rights = [sums.right / samples for sums in self.sums.values()]
         (left_values, left), (right_values, right) = (_eigen(side) for side in nearest_kronecker(lefts, rights))
         self.block = Block(torch.outer(left_values, right_values), 0.0, left, right, self.entries)
+
+    def zero_block(self) -> Block:
+        """Zeros of the shapes that `diagonalise` gives a block."""
+        p, q = self.shape
+        sums = list(self.sums.values())
+        like = sums[0].right
+        left = like.new_zeros(p, p) if any(s.left.dim() == 2 for s in sums) else None
+        right = like.new_zeros(q, q) if any(s.right.dim() == 2 for s in sums) else None
+        return Block(like.new_zeros(p, q), 0.0, left, right, self.entries)
 
     def add_squares(self, factors: Sequence[Rows]) -> None:
         """Add (U_L^T G_i U_R)^2 of some samples, from the factors of all uses."""

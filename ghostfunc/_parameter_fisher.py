@@ -151,3 +151,8 @@ def _apart(matrix: Matrix, others: list[Matrix], numel: int) -> bool:
         return False
     times = torch.bincount(matrix.entries, minlength=numel)
     return bool((times <= 1).all()) and not any(bool(times[o.entries].any()) for o in others)
+
+
+def are_apart(matrices: list[Matrix], numel: int) -> bool:
+    """Whether no entry of a parameter is in two of its matrices."""
+    return all(_apart(matrix, matrices[:place], numel) for place, matrix in enumerate(matrices))

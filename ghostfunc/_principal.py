@@ -24,6 +24,7 @@ from ghostfunc._factors import Factor, Gather, Later, Outer
 from ghostfunc._nesting import unrecorded
 from ghostfunc._products import sites_by_name
 from ghostfunc._randomness import RandomState
+from ghostfunc._ranks import Ranks
 from ghostfunc._run import Run
 from ghostfunc._sites import Site
 from ghostfunc._sketches import generator_of
@@ -56,8 +57,8 @@ def principal_matrices(
     """Matrices `(P_in[d_in, k_in], P_out[d_out, k_out])` of each parameter, in float64 on the CPU.
 
     Args:
-        call: the model and its parameters.
-        batches: the data, at least one batch.
+        call: the model and its parameters; with ranks, the data is all ranks'.
+        batches: the data, at least one batch, of this rank or of another.
         sides: the parameters.
         seed: of the numbers that eigenvectors are searched from.
 
@@ -71,10 +72,13 @@ def principal_matrices(
     call = call._replace(names=frozenset(sides))
     moments = {name: (_Moment.of(s.blocks.d_in, call), _Moment.of(s.blocks.d_out, call)) for name, s in sides.items()}
     seen = 0
-    for batch in batches:
-        seen += 1
-        _add(call, plain(batch), sides, moments)
-    if not seen:
+    with call.together():
+        for batch in batches:
+            seen += 1
+            _add(call, plain(batch), sides, moments)
+    if call.ranks is not None:
+        _sum_over_ranks(call.ranks, moments)
+    if not call.over_ranks(seen):
         raise ValueError("kind='pca' takes its matrices from data, and batches= has none.")
     empty = [name for name, (of_in, _) in moments.items() if not bool((of_in.trace > 0).all())]
     if empty:
@@ -82,13 +86,36 @@ def principal_matrices(
             f"{', '.join(empty)}: no sample of the data has a gradient there, so that it has no leading directions. "
             "Give more data in batches=, leave these out with layers=, or take a random kind."
         )
-    return {
-        name: (
-            moments[name][0].leading(of.k_in, generator_of(seed, name, "in")),
-            moments[name][1].leading(of.k_out, generator_of(seed, name, "out")),
-        )
-        for name, of in sides.items()
-    }
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    with call.together():
+        for number, (name, of) in enumerate(sides.items()):
+            if call.ranks is None or number % call.ranks.size == call.ranks.rank:
+                found[name] = (
+                    moments[name][0].leading(of.k_in, generator_of(seed, name, "in")),
+                    moments[name][1].leading(of.k_out, generator_of(seed, name, "out")),
+                )
+    return found if call.ranks is None else _of_all_ranks(call.ranks, found, sides)
+
+
+def _sum_over_ranks(ranks: Ranks, moments: Mapping[str, tuple[_Moment, _Moment]]) -> None:
+    """Put the moments of all ranks' data in the place of this rank's."""
+    sums = ranks.sums({f"{side}.{name}": m.sum for name, both in moments.items() for side, m in enumerate(both)})
+    for name, both in moments.items():
+        for side, moment in enumerate(both):
+            moment.sum = sums[f"{side}.{name}"]
+
+
+def _of_all_ranks(
+    ranks: Ranks, found: Mapping[str, tuple[Tensor, Tensor]], sides: Mapping[str, Sides]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The matrices that each rank has found, on all: their last digits are those of one machine."""
+    tensors: dict[str, Tensor] = {}
+    for name, of in sides.items():
+        sizes = (of.blocks.d_in, of.k_in), (of.blocks.d_out, of.k_out)
+        mine = found.get(name) or [torch.zeros(size, dtype=torch.float64) for size in sizes]
+        tensors |= {f"{side}.{name}": matrix.to(ranks.device) for side, matrix in enumerate(mine)}
+    sums = {name: matrix.cpu() for name, matrix in ranks.sums(tensors).items()}  # one rank's, zeros on the others
+    return {name: (sums[f"0.{name}"], sums[f"1.{name}"]) for name in sides}
 
 
 class _Moment:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from dataclasses import astuple
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,10 +13,11 @@ from torch import Tensor
 
 from ghostfunc._axes import match_layers
 from ghostfunc._batch import batch_size
-from ghostfunc._blocks import FirstUse, first_use
+from ghostfunc._blocks import Blocks, FirstUse, first_use
 from ghostfunc._call import Call, Layers
 from ghostfunc._factors import Dense, Factor, Gather, Outer
 from ghostfunc._randomness import RandomState
+from ghostfunc._ranks import Ranks
 from ghostfunc._sites import Site
 
 INCLUDE = ("embedding", "norm", "bias", "head")
@@ -48,6 +51,25 @@ def uses_of(call: Call, batch: Any) -> Uses:
             )
     kinds |= {name: _unused(p) for name, p in call.params.items() if name not in kinds and p.numel()}
     return Uses(first, {name: kinds[name] for name, p in call.params.items() if p.numel()})
+
+
+def kinds_of_all_ranks(ranks: Ranks, uses: Uses) -> dict[str, frozenset[str]]:
+    """What each parameter is on any of the ranks whose samples use it."""
+    mine = {name: sorted(kinds) for name, kinds in uses.kinds.items() if name in uses.first}
+    of_ranks = [json.loads(text) for text in ranks.texts(json.dumps(mine))]
+    found = {name: frozenset(kind for of in of_ranks for kind in of.get(name, ())) for name in uses.kinds}
+    return {name: kinds or uses.kinds[name] for name, kinds in found.items()}
+
+
+def blocks_of_all_ranks(ranks: Ranks, uses: Uses, blocks: Mapping[str, Blocks]) -> dict[str, Blocks]:
+    """Each parameter's blocks, as on the first of the ranks whose samples use it."""
+    mine = {name: astuple(of) for name, of in blocks.items() if name in uses.first}
+    of_ranks = [json.loads(text) for text in ranks.texts(json.dumps(mine))]
+    found = {name: next((of[name] for of in of_ranks if name in of), None) for name in blocks}
+    return {
+        name: blocks[name] if plan is None else Blocks(tuple(plan[0]), tuple(plan[1]), *plan[2:])
+        for name, plan in found.items()
+    }
 
 
 def _in_order(call: Call, batch: Any) -> list[tuple[Site, FirstUse]]:

@@ -25,7 +25,7 @@ _BUCKET = 64 << 20  # bytes that are reduced at a time
 
 
 class RankFailed(RuntimeError):
-    """Another rank's share of a call raised; the message has its rank and its error."""
+    """Another rank's share of a call raised, and the message has its rank and its error; or the rank is lost."""
 
 
 class OutOfStep(RuntimeError):
@@ -44,10 +44,12 @@ class Ranks:
         size: how many ranks.
         rank: which of them this is.
         device: of the tensors that are exchanged.
+        directions: how many sharded directions there are in the call.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.group = group
+        self.directions = 0
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
         self.device = device
@@ -87,7 +89,8 @@ class Ranks:
 
         def reduce() -> None:
             flat = torch.cat([tensors[name].detach().reshape(-1) for name in waiting])
-            dist.all_reduce(flat, group=self.group)
+            with self._answered():
+                dist.all_reduce(flat, group=self.group)
             parts = flat.split([tensors[name].numel() for name in waiting])
             found.update({name: part.view(tensors[name].shape) for name, part in zip(waiting, parts, strict=True)})
 
@@ -174,6 +177,19 @@ class Ranks:
         if why or any(said):
             raise RankFailed(f"another rank's share of this call failed. {'; '.join(why or filter(None, said))}")
 
+    def rows(self, tensor: Tensor, counts: list[int], to: int | None = None) -> Tensor | None:
+        """All ranks' tensors `[count, ...]`, one after the other: on every rank, or on one and None on the others."""
+        if to is None:
+            return self._all(tensor, counts)
+        plain = tensor.detach().to(torch.uint8) if tensor.dtype == torch.bool else tensor.detach()
+        padded = torch.cat([plain, plain.new_zeros(max(counts) - len(plain), *plain.shape[1:])])
+        parts = [torch.empty_like(padded) for _ in counts] if to == self.rank else None
+        with self._answered():
+            dist.gather(padded, parts, dst=dist.get_global_rank(self.group, to), group=self.group)
+        if parts is None:
+            return None
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(tensor.dtype)
+
     def _all(self, tensor: Tensor, counts: list[int]) -> Tensor:
         """All ranks' tensors `[count, ...]`, one after the other."""
         most = max(counts)
@@ -185,8 +201,20 @@ class Ranks:
 
     def _gathered(self, tensor: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor.contiguous(), group=self.group)
+        with self._answered():
+            dist.all_gather(parts, tensor.contiguous(), group=self.group)
         return parts
+
+    @contextmanager
+    def _answered(self) -> Iterator[None]:
+        """Around an exchange: says what it means that one fails."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RankFailed(
+                f"rank {self.rank} of {self.size} lost another rank in this call: its process ended, or did not come "
+                f"to the same exchange within the group's timeout. Its own output says why. ({error})"
+            ) from error
 
 
 def _flat(mesh: DeviceMesh) -> dist.ProcessGroup:

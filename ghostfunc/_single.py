@@ -228,6 +228,7 @@ def ghost_grad_stream(
     has_aux: bool = False,
     on_unsupported: str = "raise",
     randomness: str = "different",
+    group: Group | None = None,
 ) -> Any:
     """A function of your own on per-sample gradients, a tile of one weight at a time, accumulated over all of them.
 
@@ -249,6 +250,7 @@ def ghost_grad_stream(
         has_aux: as in `ghost_grad_dot`.
         on_unsupported: as in `ghost_grad_dot`.
         randomness: as in `ghost_grad_dot`.
+        group: as in `ghost_grad_along`: what becomes of the ranks' results, which need not be sums, is for you to say.
 
     Returns:
         The sums, or the tensors; with `has_aux`, `(result, aux)`. A parameter that the losses do not depend on has no
@@ -269,6 +271,6 @@ def ghost_grad_stream(
     """
     result = ghost_quantities(
         model_fn, params, batch, want={"stream": Stream(function, out)}, grads=False, dtype=dtype, layers=layers,
-        has_aux=has_aux, on_unsupported=on_unsupported, randomness=randomness,
+        has_aux=has_aux, on_unsupported=on_unsupported, randomness=randomness, group=group,
     )  # fmt: skip
     return (result["stream"], result.aux) if has_aux else result["stream"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from os import PathLike, fspath
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ from ghostfunc._call import Params
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._operations import tensors_in
 from ghostfunc._randomness import RandomState
+from ghostfunc._ranks import Ranks
+from ghostfunc._sharded import group_of
 from ghostfunc._transforms import ghost_grad_dot
 
 Checkpoint = Params | str | PathLike
@@ -79,15 +82,17 @@ def tracin(
         method: "vmap": all checkpoints at once; "loop": one after the other; "auto": vmap for checkpoints in memory
             (a stacked dict, a list or tuple of dicts) that fit `memory`, draw no random numbers and run under vmap.
         memory: bytes that "auto" lets vmap take, by an estimate from one forward.
-        **options: of `ghost_grad_dot` at each checkpoint: `out`, `reduction`, `layers` and the others. With `has_aux`,
-            the aux is dropped.
+        **options: of `ghost_grad_dot` at each checkpoint: `out`, `reduction`, `layers`, `group` and the others. With
+            `has_aux`, the aux is dropped. With a group (or sharded parameters, whose ranks are one) it is the loop that
+            runs, over the same checkpoints on every rank.
 
     Returns:
         `TracIn(dots, checkpoints, method)`, the dots in the axes of `out`.
 
     Raises:
         ValueError: for no checkpoint, names or shapes that differ, another number of learning rates, a file that is
-            not safetensors, or where method="vmap" meets results that are not finite.
+            not safetensors, where method="vmap" meets a group or results that are not finite, or if ranks have
+            different numbers of checkpoints.
         RuntimeError: from method="vmap", where the model does not run under vmap; see `ghost_grad_dot` for others.
 
     Example:
@@ -105,14 +110,26 @@ def tracin(
     if isinstance(checkpoints, (str, PathLike)):
         raise ValueError(f"checkpoints is one path, {fspath(checkpoints)!r}; pass a list of safetensors files.")
     train, val = plain(train), plain(val)
-    batch_size(train, "train")
     rates = None if learning_rates is None else _rates(learning_rates)
+    device = _device(params, train)
+    known = params or (_some(checkpoints) if _in_memory(checkpoints) else {})
+    options["group"] = group_of(known, options.get("group"))
+    ranks = Ranks.of(options["group"], device)
+    if ranks is not None:
+        if method == "vmap":
+            raise ValueError(
+                "method='vmap' with group=, or with sharded parameters: vmap does not see what ranks exchange. Use "
+                "'loop' or 'auto'."
+            )
+        method = "loop"
+    with _together(ranks):
+        batch_size(train, "train")
+        points = _points(checkpoints, params, device)
 
     def dots_of(point: Params) -> Dots:
         dots = ghost_grad_dot(model_fn, point, train, val, **options)
         return dots[0] if options.get("has_aux") else dots
 
-    points = _points(checkpoints, params, _device(params, train))
     if method == "vmap" or (method == "auto" and _in_memory(checkpoints)):
         kept = list(points)
         _check_count(len(kept), rates)
@@ -123,7 +140,16 @@ def tracin(
                 if method == "vmap":
                     raise
         points = iter(kept)
-    return _by_loop(dots_of, points, rates)
+    return _by_loop(dots_of, points, rates, ranks)
+
+
+def _together(ranks: Ranks | None) -> AbstractContextManager[None]:
+    return nullcontext() if ranks is None else ranks.together()
+
+
+def _some(checkpoints: Any) -> Params:
+    """The tensors of a stack of checkpoints, or of the first in a list; of an empty one none."""
+    return checkpoints if isinstance(checkpoints, Mapping) else next(iter(checkpoints), {})
 
 
 def _in_memory(checkpoints: Any) -> bool:
@@ -146,16 +172,33 @@ def _by_vmap(dots_of: Callable[[Params], Dots], points: list[Params], rates: lis
     return pytree.tree_map(lambda d: torch.tensordot(torch.tensor(rates, dtype=torch.float64).to(d), d, 1), dots)
 
 
-def _by_loop(dots_of: Callable[[Params], Dots], points: Iterator[Params], rates: list[float] | None) -> TracIn:
+def _by_loop(
+    dots_of: Callable[[Params], Dots], points: Iterator[Params], rates: list[float] | None, ranks: Ranks | None
+) -> TracIn:
     total, count = None, 0
-    for count, point in enumerate(points, 1):
-        if rates is not None and count > len(rates):
+    while (point := _next(points, count, ranks)) is not None:
+        if rates is not None and count >= len(rates):
             raise ValueError(f"learning_rates has {len(rates)} numbers, and there are more checkpoints.")
-        rate = 1.0 if rates is None else rates[count - 1]
+        rate = 1.0 if rates is None else rates[count]
         dots = pytree.tree_map(lambda d, rate=rate: rate * d, dots_of(point))
         total = dots if total is None else pytree.tree_map(torch.add, total, dots)
+        count += 1
     _check_count(count, rates)
     return TracIn(pytree.tree_map(lambda d: d / count, total) if rates is None else total, count, "loop")
+
+
+def _next(points: Iterator[Params], count: int, ranks: Ranks | None) -> Params | None:
+    """The next checkpoint; None behind the last one, which must be the last on every rank."""
+    with _together(ranks):
+        point = next(points, None)
+    if ranks is not None:
+        ended = [rank for rank, more in enumerate(ranks.counts(int(point is not None))) if not more]
+        if ended and len(ended) < ranks.size:
+            raise ValueError(
+                f"checkpoints: there are {count} on rank {', '.join(map(str, ended))}, and more on the other ranks. "
+                "Pass the same ones to all ranks."
+            )
+    return point
 
 
 def _rates(learning_rates: Sequence[float] | Tensor) -> list[float]:
