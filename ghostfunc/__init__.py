@@ -6,6 +6,7 @@ from ghostfunc._explain import explain
 from ghostfunc._factors import Dense, Gather, Outer
 from ghostfunc._fisher import FisherPreconditioner
 from ghostfunc._functionalize import functionalize
+from ghostfunc._gather import GatheredSamples, MeanGradient, gather_samples, mean_gradient
 from ghostfunc._heads import attention_heads
 from ghostfunc._kfac import ekfac, kfac
 from ghostfunc._kronecker import KroneckerProjection
@@ -14,6 +15,7 @@ from ghostfunc._losses import causal_lm_loss, chunked_causal_lm_loss, classifica
 from ghostfunc._make_projection import kronecker_projection
 from ghostfunc._many import ClippedGrad, Quantities, ghost_quantities
 from ghostfunc._oracle import per_sample_grad
+from ghostfunc._planning import StepPlan, plan_step
 from ghostfunc._preconditioners import adafactor, adam, diagonal
 from ghostfunc._projection import ghost_grad_proj
 from ghostfunc._quantities import Along, Clip, Dot, Gram, Norm, Project, Stream
@@ -46,6 +48,7 @@ __all__ = [
     "EngineOutput",
     "FisherPreconditioner",
     "Gather",
+    "GatheredSamples",
     "GhostEngineManager",
     "GradDotProdEngine",
     "GradProjEngine",
@@ -54,11 +57,13 @@ __all__ = [
     "InRunValues",
     "InteractingSamples",
     "KroneckerProjection",
+    "MeanGradient",
     "Norm",
     "Outer",
     "Project",
     "Quantities",
     "RankFailed",
+    "StepPlan",
     "Stream",
     "Tile",
     "TracIn",
@@ -76,6 +81,7 @@ __all__ = [
     "ekfac",
     "explain",
     "functionalize",
+    "gather_samples",
     "ghost_clipped_grad",
     "ghost_factors",
     "ghost_grad_along",
@@ -91,7 +97,9 @@ __all__ = [
     "kfac",
     "kronecker_projection",
     "linear_cross_entropy",
+    "mean_gradient",
     "per_sample_grad",
+    "plan_step",
     "read_dot_log",
     "tracin",
     "val_gradient",

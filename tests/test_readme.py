@@ -32,7 +32,8 @@ def test_the_table_of_public_names_is_complete_and_true():
 
 RESULT_TYPES = {  # what a function in the table returns, or hands to one of the user's
     "ValueAndGradDot", "EngineOutput", "Outer", "Gather", "Dense", "ClippedGrad", "Quantities", "Tile", "InRunValues",
-    "TracIn", "KroneckerProjection", "FisherPreconditioner", "BoundedDots", "ValGradient",
+    "TracIn", "KroneckerProjection", "FisherPreconditioner", "BoundedDots", "ValGradient", "MeanGradient",
+    "GatheredSamples", "StepPlan",
 }  # fmt: skip
 
 
