@@ -378,7 +378,7 @@ class GradProjEngine:
                 source = self._source(self.proj_dir, projection, samples, batch_size)
                 self._write_down(self.proj_dir, projection)
         if samples is None or batch_size is None:
-            return Loop(source, self.proj_save_interval, self._ranks)
+            return Loop(source, self.proj_dir is not None, self.proj_save_interval, self._ranks)
         with self._together():  # after the first, whose manifest decides what the folder is of
             if source is None and self.proj_dir is not None:
                 source = self._source(self.proj_dir, projection, samples, batch_size)

@@ -138,7 +138,8 @@ class Loop:
     """Rows of an ordinary loop, in the order in which they come; of several ranks one step's after the other's.
 
     Args:
-        source: a `ghostfunc.index.Source` that grows; None on ranks other than the first.
+        source: a `ghostfunc.index.Source` that grows; None on ranks other than the first, or where nothing is stored.
+        stores: whether anything is.
         interval: write a shard after so many batches.
         ranks: those that are in step; None for one process.
 
@@ -146,13 +147,15 @@ class Loop:
         rows_written: rows of the store, the same on every rank.
     """
 
-    def __init__(self, source: Any, interval: int, ranks: Ranks | None) -> None:
+    def __init__(self, source: Any, stores: bool, interval: int, ranks: Ranks | None) -> None:
         self._source = source
+        self._stores = stores
         self._interval = interval
         self._ranks = ranks
         written = 0 if source is None else source.rows_written
         self.rows_written: int = written if ranks is None else ranks.counts(written)[0]
         self._rows = self.rows_written
+        self._of_step = 0  # samples of all ranks in this step
         self._unsaved: list[Collected] = []  # on the rank that writes
         self._batches = 0
 
@@ -162,15 +165,19 @@ class Loop:
 
     def first_row(self, n: int) -> int:
         """The row of the first of this rank's n samples."""
-        return self._rows + (0 if self._ranks is None else sum(self._ranks.counts(n)[: self._ranks.rank]))
+        counts, rank = ([n], 0) if self._ranks is None else (self._ranks.counts(n), self._ranks.rank)
+        self._of_step = sum(counts)
+        return self._rows + sum(counts[:rank])
 
     def add(self, batch: Collected) -> None:
         """Keep this rank's rows of a step, and save when it is time."""
+        self._rows += self._of_step
+        if not self._stores:
+            return
         whole = batch if self._ranks is None else batch.of_all(self._ranks)
-        self._rows += len(whole.rows)
-        self._batches += 1
         if self._source is not None:
             self._unsaved.append(whole)
+        self._batches += 1
         if self._batches >= self._interval:
             self.save()
 

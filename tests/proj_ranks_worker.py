@@ -68,6 +68,14 @@ def over(folder: Path, group: Any, *, X: Tensor | None = None, stop: int = SAMPL
     return mine
 
 
+def attach_with_other_matrices(group: Any, rank: int) -> None:
+    """As where a rank's random numbers are not those of the others."""
+    engine = engine_of(module(), None, group)
+    make = engine._projected.projection
+    engine._projected.projection = lambda batch, **options: make(batch, **{**options, "seed": rank})
+    engine.attach(data())
+
+
 def message_of(call: Callable[[], Any]) -> str:
     try:
         call()
@@ -88,6 +96,7 @@ def messages(folder: Path, group: Any, rank: int) -> dict[str, str]:
         "seed": message_of(lambda: engine_of(module(), folder / "seed", group, proj_seed=rank).attach((X, Y))),
         "model": message_of(lambda: engine_of((module(), wrong)[rank], None, group).attach((X, Y))),
         "config": message_of(lambda: engine_of(module(), None, group, config={"data": rank}).attach((X, Y))),
+        "matrices": message_of(lambda: attach_with_other_matrices(group, rank)),
         "ids": message_of(lambda: engine_of(module(), None, group).collect_batch((X, Y), range(SAMPLES - rank))),
         "nan in a loop": message_of(lambda: attached.collect_batch(((X, nan)[rank], Y))),
         "nan in a pass": message_of(lambda: over(folder / "nan pass", group, X=nan)),

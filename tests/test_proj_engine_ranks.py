@@ -95,9 +95,10 @@ def test_what_one_rank_finds_wrong_every_rank_is_told(ran: Ran, alone: Path) -> 
         )
         assert "the shape of 0.weight is [15, 5] on rank 1 and [16, 5] on rank 0" in told["model"]
         assert "config['data'] is 1 on rank 1 and 0 on rank 0" in told["config"]
+        assert "rows: the projection's fingerprint is '" in told["matrices"] and "' on rank 1 and '" in told["matrices"]
         assert told["no group"].startswith("ValueError") and "group=torch.distributed.group.WORLD" in told["no group"]
-        assert "proj_seed" in told["other store"] or "projection" in told["other store"]
-        assert "of the ranks' disks" in told["two disks"] or "on a disk that all ranks share" in told["two disks"]
+        assert "holds another index:\n  projection." in told["other store"]
+        assert "is proj_dir on a disk that all ranks share?" in told["two disks"]
     failed = "RankFailed: another rank's share of this call failed. rank 1: "
     assert second["ids"].startswith("ValueError: collect_batch: the batch has 22 samples, but there are 21 ids")
     assert first["ids"] == failed + second["ids"]
