@@ -1,7 +1,9 @@
 """The two small projection examples: what they store and print, and that their checks fail where they should."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -210,6 +212,27 @@ def test_the_same_command_again_reads_what_is_stored(run, model_folder, tmp_path
     again = project_texts(run, model_folder, tmp_path)
     assert f"6 rows are in {tmp_path} already" in again and "nats per token" not in again
     assert again.partition("Read back")[2] == first.partition("Read back")[2]
+
+
+@pytest.mark.slow
+def test_two_processes_leave_the_bytes_of_one(model_folder, tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    printed = {}
+    for name, launcher in {"one": [], "two": torchrun}.items():
+        command = [sys.executable, *launcher, lm.__file__, "--model_name", model_folder, "--proj_dir", tmp_path / name]
+        done = subprocess.run(
+            [*map(str, command), "--num_batches", "3", "--batch_size", "2", "--proj_rank_total", "16"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        printed[name] = done.stdout
+    one, two = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "one", tmp_path / "two")
+    )
+    assert one == two
+    tables = {text.partition("cosine x 100")[2] for text in printed.values()}
+    assert len(tables) == 1 and "Mean cosine" in tables.pop(), "the first process prints what one would"
 
 
 def test_embeddings_on_request_and_patterns_at_dots(run, model_folder, tmp_path):
