@@ -1,5 +1,6 @@
 """`GhostTrainer` trains as `Trainer` does, and its values are the samples' shares of each step."""
 
+import json
 import os
 import re
 import subprocess
@@ -402,27 +403,56 @@ def test_a_loss_that_is_not_finite_names_its_samples(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- processes
 
 
-def launched(script: str, folder: Path, ranks: int, *options: str) -> None:
-    """A run of a worker under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    worker = Path(__file__).with_name(script)
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what two processes under torchrun have done."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*command, str(worker), str(folder), *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+        [*command, str(Path(__file__).with_name("trainer_worker.py")), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+def trained(folder: Path, what: str, rank: int = 0) -> dict[str, Tensor]:
+    found = load_file(folder / f"weights-{rank}.safetensors")
+    return {name.removeprefix(what + "/"): t for name, t in found.items() if name.startswith(what + "/")}
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path: Path) -> None:
-    """Weights as `Trainer` on two processes has them; values as one process with both batches at once."""
-    launched("trainer_worker.py", tmp_path, 2)
-    ghost, expected = (load_file(tmp_path / f"{kind}.safetensors") for kind in ("GhostTrainer", "Trainer"))
-    assert difference(ghost, expected) < PLAIN
-    found = gf.InRunShapley(tmp_path / "values").by_sample()
-    alone, _ = ran(gpt2(), arguments(tmp_path / "alone", per_device_train_batch_size=6, num_train_epochs=2,
-                                     gradient_accumulation_steps=2), Texts(12, 1))  # fmt: skip
-    one = alone.ledger.by_sample()
-    assert found["sample_id"].equals(one["sample_id"]) and found["visits"].equals(one["visits"])
-    values = (torch.tensor(table["value"].to_pylist()) for table in (found, one))
+def test_two_processes_train_as_without_values(two_processes: Path) -> None:
+    expected = trained(two_processes, "Trainer")
+    for rank in range(2):
+        assert difference(trained(two_processes, "GhostTrainer", rank), expected) < PLAIN
+        assert difference(trained(two_processes, "resumed", rank), expected) < PLAIN
+        assert difference(trained(two_processes, "engine True", rank), trained(two_processes, "engine False")) < PLAIN
+    assert difference(expected, weights(gpt2())) > 1e-3
+
+
+@pytest.mark.slow
+def test_the_ledger_of_two_processes(two_processes: Path) -> None:
+    """Every sample once an epoch, and after a resumption the same again."""
+    told = [json.loads((two_processes / f"told-{rank}.json").read_text()) for rank in range(2)]
+    for rank in range(2):
+        assert told[rank]["after"] == told[rank]["before"] == told[0]["before"]
+    assert [row["sample_id"] for row in told[0]["before"]] == list(range(12))
+    assert {row["visits"] for row in told[0]["before"]} == {2}
+
+
+@pytest.mark.slow
+def test_what_one_process_raises_both_raise(two_processes: Path) -> None:
+    first, second = (json.loads((two_processes / f"told-{rank}.json").read_text())["error"] for rank in range(2))
+    assert second.startswith("IndexError: Target 99 is out of bounds")
+    assert first.startswith("RankFailed: another rank's share of this call failed. rank 1: IndexError: Target 99")
+
+
+@pytest.mark.slow
+def test_values_of_two_processes(two_processes: Path, tmp_path: Path) -> None:
+    """One process that takes both processes' batches at once has the same values: here a step is the whole data."""
+    args = arguments(tmp_path, per_device_train_batch_size=6, num_train_epochs=2, gradient_accumulation_steps=2)
+    alone, _ = ran(gpt2(), args, Texts(12, 1))
+    found = json.loads((two_processes / "told-0.json").read_text())["before"]
+    values = (torch.tensor([row["value"] for row in rows]) for rows in (found, alone.ledger.by_sample().to_pylist()))
     torch.testing.assert_close(*values, rtol=1e-4, atol=1e-7)
