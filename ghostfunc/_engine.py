@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ghostfunc._engine_batch import AttachedBatch, as_batch, positions, require_finite, require_one_of, size_of
 from ghostfunc._engine_gradient import Pending, loss_with_gradient
+from ghostfunc._engine_nonfinite import Kept, kept_scores, require_finite_gradients
 from ghostfunc._engine_output import EngineOutput
 from ghostfunc._engine_ranks import average_gradients, together
 from ghostfunc._engine_scores import Scorer, Scores
@@ -24,7 +25,6 @@ from ghostfunc._functionalize import LossFn, _default_call
 from ghostfunc._losses import causal_lm_loss
 from ghostfunc._ranks import Group, Ranks
 from ghostfunc._sample_ids import SampleIds, names_of, split_ids
-from ghostfunc._sharded import is_sharded
 from ghostfunc.dotlog import DotLog
 
 _OUTS = ("train", "param train", "train val")
@@ -61,6 +61,10 @@ class GradDotProdEngine:
             its share of the samples, and has the dots of these; the validation batch is this rank's share too, or on
             every rank the whole. By default the ranks that the module is wrapped for (`DistributedDataParallel`,
             `fully_shard`), or none.
+        on_nonfinite: what becomes of samples whose loss or gradient is not finite. `"raise"` raises FloatingPointError,
+            which names them. `"skip"` goes on without them, with a warning that names them: the mean is over the other
+            samples of all ranks, and the log has their rows without a dot. Only where no sample is left it raises. The
+            losses are then computed once more.
 
     Attributes:
         dots: the last call's dots, detached; None before.
@@ -73,10 +77,12 @@ class GradDotProdEngine:
         second_order: `[n]`, the second-order part of `values`; None for order 1. Its sum over j runs over the samples
             of one call, which therefore have to be the whole batch of the optimizer's step: micro-batches interact.
         losses: the last call's per-sample losses `[n]`, detached; None before.
+        skipped: `[n]`, which samples the last call went on without; their dots and values are nan. None where it took
+            all.
 
     Raises:
-        ValueError: for an unknown `out`, `schedule` or `order`, or a `save_interval` below 1; for order 2 without an
-            optimizer, or with an `out` or a `schedule` other than the default.
+        ValueError: for an unknown `out`, `schedule`, `on_nonfinite` or `order`, or a `save_interval` below 1; for order
+            2 without an optimizer, or with an `out` or a `schedule` other than the default.
 
     On several ranks `loss.backward()` leaves a share in `.grad`, and `prepare_gradients()`, which has to come before
     the optimizer's step, its mean over the ranks: the mean training gradient of all ranks' samples, reduced once for
@@ -118,8 +124,10 @@ class GradDotProdEngine:
         dtype: torch.dtype | None = None,
         order: int = 1,
         group: Group | None = None,
+        on_nonfinite: str = "raise",
     ) -> None:
         require_one_of("out", out, _OUTS)
+        require_one_of("on_nonfinite", on_nonfinite, ("raise", "skip"))
         require_one_of("schedule", schedule, _SCHEDULES)
         if save_interval < 1:
             raise ValueError(f"save_interval={save_interval}: expected a number of iterations, 1 or more.")
@@ -139,6 +147,8 @@ class GradDotProdEngine:
         self.losses: Tensor | None = None
         self.values: Tensor | None = None
         self.second_order: Tensor | None = None
+        self.skipped: Tensor | None = None
+        self.on_nonfinite = on_nonfinite
         options = {"layers": layers, "precondition": precondition, "dtype": dtype}
         self._order = order
         self._scorer = Scorer(
@@ -198,7 +208,8 @@ class GradDotProdEngine:
             ValueError: if there is no validation batch, the batch differs in size from the attached one, or Y does not
                 fit X; for order 2, at the second call with an attached batch of one iteration.
             NotImplementedError: for order 2 under float16 autocast.
-            FloatingPointError: if a loss, a dot or a value is not finite; the message names the samples.
+            FloatingPointError: if a loss, a dot or a value is not finite, and is not to be skipped; the message names
+                the samples. If the gradient of a parameter is not; the message names the parameters.
         """
         ranks = self._scorer.ranks(self.module)
         with together(ranks):
@@ -206,18 +217,22 @@ class GradDotProdEngine:
             micro_step = self._check_call(size_of(batch))
             if ranks is not None:
                 self._require_averaged()
-        scores = self._scores(batch, micro_step, ranks)
+        kept = self._kept(batch, micro_step, ranks)
+        scores = kept.scores
         learning_rate = float(self.optimizer.param_groups[0]["lr"]) if self.optimizer else math.nan
         with together(ranks):
-            dots, values, second_order = self._finite_values(scores, learning_rate)
-        self.losses, self.dots, self.values, self.second_order = scores.losses, scores.dots, values, second_order
+            found = self._finite_values(scores, learning_rate)
+            require_finite_gradients(scores)
+        dots, values, second_order = (None if v is None else kept.of_all(v) for v in found)
+        self.dots = pytree.tree_map(kept.of_all, scores.dots)
+        self.losses, self.values, self.second_order, self.skipped = kept.losses, values, second_order, kept.skipped
         if self._attached is not None:
             self._latest = (self._attached.iteration, micro_step)
         if self.log is not None:
             self._remember_rows(micro_step, learning_rate, dots)
         self._attached = None
         loss = loss_with_gradient(scores.losses, scores.grads, scores.unused, self.module, self._pending)
-        return EngineOutput(loss, scores.losses, scores.val_losses, scores.dots, values, second_order)
+        return EngineOutput(loss, kept.losses, scores.val_losses, self.dots, values, second_order)
 
     def prepare_gradients(self) -> None:
         """Check, before the optimizer's step, that every call's `loss.backward()` has run. `.grad` is then complete.
@@ -370,7 +385,7 @@ class GradDotProdEngine:
     def _finite_values(self, scores: Scores, learning_rate: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Dots per sample, values, and the second-order part of these."""
         dots = scores.dots_per_sample
-        names = self._sample_names(len(dots))
+        names = self._sample_names(len(dots))  # those of samples that were skipped are not needed: all are finite then
         self._require_finite("dot", dots, names)
         if math.isnan(learning_rate):
             return dots, None, None
@@ -381,18 +396,37 @@ class GradDotProdEngine:
         self._require_finite("second-order term", second_order, names)
         return dots, values + second_order, second_order
 
-    def _scores(self, batch: Any, micro_step: int, ranks: Ranks | None) -> Scores:
+    def _kept(self, batch: Any, micro_step: int, ranks: Ranks | None) -> Kept:
+        """The scores of all samples, or of those that have finite ones."""
+        step = self._shared_step(micro_step)
+        if self.on_nonfinite == "raise":
+            scores = self._scores(batch, step, ranks)
+            return Kept(scores, scores.losses, None)
+        return kept_scores(
+            lambda rows: self._scores(rows, step, ranks),
+            lambda rows: self._scorer.losses(self.module, rows),
+            batch,
+            ranks,
+            may_be_empty=self._scorer.takes_none(self.module),
+            names=self._sample_names(size_of(batch)),
+        )
+
+    def _scores(self, batch: Any, step: int | None, ranks: Ranks | None) -> Scores:
         device = next(self.module.parameters()).device
         val_batch = pytree.tree_map_only(Tensor, lambda t: t.to(device), self._val_batch)
         try:
-            return self._scorer.scores(self.module, batch, val_batch, self._shared_step(micro_step))
-        except ValueError:
-            if ranks is not None and any(map(is_sharded, self.module.parameters())):
-                raise  # a forward takes all ranks, and this one alone has come here
+            return self._scorer.scores(self.module, batch, val_batch, step)
+        except Exception as error:
+            if self.on_nonfinite == "skip" or (ranks is None and not isinstance(error, ValueError)):
+                raise
             # The transform knows rows of the batch; whoever attached the batch wants to read which samples they are.
-            val_losses, losses = (self._scorer.losses(self.module, rows) for rows in (val_batch, batch))
-            self._require_finite("validation loss", val_losses, positions(len(val_losses)))
-            self._require_finite("training loss", losses, self._sample_names(len(losses)))
+            with together(ranks):
+                try:
+                    val_losses, losses = (self._scorer.losses(self.module, rows) for rows in (val_batch, batch))
+                except Exception:
+                    raise error from None
+                self._require_finite("validation loss", val_losses, positions(len(val_losses)))
+                self._require_finite("training loss", losses, self._sample_names(len(losses)))
             raise
 
     def _shared_step(self, micro_step: int) -> int | None:
@@ -421,6 +455,7 @@ class GradDotProdEngine:
                 "dots": dots,
                 "learning_rate": learning_rate,
                 "second_order": self.second_order,
+                "skipped": self.skipped,
             }
         )
 

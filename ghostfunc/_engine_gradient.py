@@ -32,7 +32,8 @@ def loss_with_gradient(
     pending.calls += 1
     used = {name: grad for name, grad in grads.items() if name not in unused}
     handover = _Handover(list(used.values()), pending)
-    return _TrainLoss.apply(losses.mean(), handover, *(parameters[name] for name in used))  # type: ignore[return-value]
+    loss = losses.mean() if len(losses) else losses.sum()  # of a rank that has skipped all its samples
+    return _TrainLoss.apply(loss, handover, *(parameters[name] for name in used))  # type: ignore[return-value]
 
 
 class _Handover:

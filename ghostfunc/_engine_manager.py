@@ -26,8 +26,8 @@ class GhostEngineManager(GradDotProdEngine):
     Args:
         config: an `argparse.Namespace`, a dataclass, a mapping or any object with attributes. Read, where there:
             `method` ("GradDotProd", the default, or "Regular"), `dot_prod_save_interval` (10), `result_dir` (the log
-            goes to `<result_dir>/dot_log`; without it nothing is stored), `out`, `layers`, `schedule` and `order`. Its
-            values are stored with the log, except those that JSON cannot hold.
+            goes to `<result_dir>/dot_log`; without it nothing is stored), `out`, `layers`, `schedule`, `order` and
+            `on_nonfinite`. Its values are stored with the log, except those that JSON cannot hold.
         model: the module.
         optimizer: its optimizer.
         ddp_info: a mapping; where `master_process` is false and there is but one rank, this process writes no log.
@@ -92,6 +92,7 @@ class GhostEngineManager(GradDotProdEngine):
             schedule=settings.get("schedule", "auto"),
             precondition=precondition,
             order=1 if self.is_regular else settings.get("order", 1),
+            on_nonfinite=settings.get("on_nonfinite", "raise"),
             group=torch.distributed.group.WORLD if ranks > 1 else None,
         )
         result_dir = settings.get("result_dir")

@@ -87,6 +87,10 @@ class Scorer:
         each = "val" in self._options.get("out", "").split()
         return self._order == 1 and not about and not each and self._options["schedule"] != "joint"
 
+    def takes_none(self, module: nn.Module) -> bool:
+        """Whether a rank may have no sample: where it computes a share of the gradient alone."""
+        return self.ranks(module) is not None and self.can_share() and not any(map(is_sharded, module.parameters()))
+
     def scores(self, module: nn.Module, batch: Any, val_batch: Any, step: Hashable = None) -> Scores:
         """Score a training batch against a validation batch.
 
@@ -111,10 +115,13 @@ class Scorer:
                 )
             # As GradScaler does, overflow halves the scale; unlike there, the step is tried again, not given up.
             ranks = self.ranks(module)
-            found = self._scaled_scores(module, batch, val_batch, step, autocast, self._loss_scale)
-            while self._loss_scale > 1 and total(ranks, _overflowed(found)):
-                self._loss_scale /= 2
-                found = self._scaled_scores(module, batch, val_batch, step, autocast, self._loss_scale)
+            scale = self._loss_scale
+            found = self._scaled_scores(module, batch, val_batch, step, autocast, scale)
+            while scale > 1 and total(ranks, _overflowed(found)):
+                scale /= 2
+                found = self._scaled_scores(module, batch, val_batch, step, autocast, scale)
+            if scale > 1 or not total(ranks, _overflowed(found)):  # otherwise samples are at fault, not the scale
+                self._loss_scale = scale
             return found
 
     def forget(self) -> None:
@@ -147,12 +154,14 @@ class Scorer:
             is_share = ranks is not None and not any(map(is_sharded, params.values()))
         else:
             self._made = None
+        n = size_of(batch)
         if is_share:  # the gradients of micro-batches add up before they are reduced
+            if n == 0:
+                return self._share_of_none(params, val_batch, scale, ranks)
             with together(ranks):
                 found = value_and_grad_dot(model_fn, params, batch, val_batch, **options)
         else:
             found = value_and_grad_dot(model_fn, params, batch, val_batch, group=group, **options)
-        n = size_of(batch)
         all_n = total(ranks, n)
         weight = n * ranks.size / all_n if is_share and ranks is not None else 1.0
         return Scores(  # the scale once out of what is linear in the losses, twice out of the dots
@@ -164,6 +173,14 @@ class Scorer:
             None,
             all_n,
         )
+
+    def _share_of_none(self, params: dict[str, Tensor], val: ValGradient, scale: float, ranks: Ranks | None) -> Scores:
+        """The share of a rank without samples, which takes part in what the others do, and adds nothing."""
+        with together(ranks):
+            none = val.losses.new_zeros(0)
+        dots = dict.fromkeys(params, none) if "param" in self._options.get("out", "").split() else none
+        grads = {name: torch.zeros_like(param) for name, param in params.items()}
+        return Scores(none, val.losses / scale, grads, (), dots, None, total(ranks, 0))
 
     def _val_gradient(
         self, module: nn.Module, model_fn: Any, params: Any, val_batch: Any, about: tuple, ranks: Ranks | None

@@ -111,6 +111,7 @@ class DotLog:
         dots: Numbers,
         micro_step: int = 0,
         second_order: Numbers | None = None,
+        skipped: Numbers | None = None,
     ) -> None:
         """Buffer the rows of one micro-batch of n samples; `save` writes them.
 
@@ -124,6 +125,8 @@ class DotLog:
                 too.
             micro_step: the micro-batch's place within the iteration, under gradient accumulation.
             second_order: `[n]`, the second-order part of the values, learning rate included; None where unknown.
+            skipped: `[n]`, which samples the step went on without (`engine.skipped`): their rows have no dot. By
+                default none.
 
         Raises:
             ValueError: if the columns differ in length, or the log already has rows of this micro-step or a later one.
@@ -145,12 +148,16 @@ class DotLog:
         }
         if second_order is not None:
             columns["second_order"] = to_list(second_order)
+        left_out = {} if skipped is None else {"skipped": to_list(skipped)}
         n = len(columns["sample_id"])
-        if any(len(column) != n for column in columns.values()):
-            lengths = ", ".join(f"{name} {len(column)}" for name, column in columns.items())
+        if any(len(column) != n for column in (columns | left_out).values()):
+            lengths = ", ".join(f"{name} {len(column)}" for name, column in (columns | left_out).items())
             raise ValueError(f"append: one entry per sample is needed in each column, but their lengths are {lengths}.")
         if n == 0:
             return
+        for mask in left_out.values():
+            for name in columns.keys() & {"dot", "second_order"}:
+                columns[name] = [None if out else x for x, out in zip(columns[name], mask, strict=True)]
         columns |= {"iteration": [iteration] * n, "micro_step": [micro_step] * n, "learning_rate": [learning_rate] * n}
         schema = _schema(second_order=second_order is not None)
         arrays = [pa.array(columns[field.name], type=field.type) for field in schema]
@@ -272,6 +279,7 @@ def read_dot_log(folder: str | os.PathLike | Sequence[str | os.PathLike]) -> "py
         and position in the batch. `dot` is <grad l_i, mean_j grad l_j>: positive where a plain gradient step on sample
         i lowers the validation loss. Where the log has it (`order=2`), a last column second_order (float64): the value
         of the sample in the step is then learning_rate / n * dot + second_order, n being the samples of all ranks.
+        Where a step went on without a sample, its dot (and second_order) is null.
 
     Raises:
         ImportError: without pyarrow; `pip install "ghostfunc[log]"` brings it.

@@ -62,16 +62,17 @@ def _in_group() -> bool:
 
 def _as_of_others(error: BaseException, patience: float) -> BaseException:
     """Write down what ended this rank; if that was the end of another one, return what is to be raised instead."""
-    follows = isinstance(error, RankFailed) or _is_broken_collective(error)
+    is_broken = _is_broken_collective(error) or _is_broken_collective(error.__cause__)
+    follows = is_broken or isinstance(error, RankFailed)
     rank, text = dist.get_rank(), f"{type(error).__name__}: {error}"
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set(f"{_KEY}{rank}", json.dumps({"follows": follows, "text": text}))
-        if not follows or isinstance(error, RankFailed):
+        if not is_broken:  # the reason is its own, or in its message already
             return error
         said = _reasons(store, patience)
-    except (dist.DistError, RuntimeError) as unreachable:
-        if not follows:
+    except RuntimeError as unreachable:
+        if not is_broken:
             return error
         return RankFailed(
             f"a collective failed, and the store of the process group, which rank 0 or its launcher holds, does not "
@@ -100,7 +101,7 @@ def _reasons(store: Any, patience: float) -> dict[int, dict[str, Any]]:
         time.sleep(0.1)
 
 
-def _is_broken_collective(error: BaseException) -> bool:
+def _is_broken_collective(error: BaseException | None) -> bool:
     """Whether an error is of ranks that did not meet, rather than of what they do."""
     if isinstance(error, dist.DistError):
         return True

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from ghostfunc._ledger_rows import (
     PART,
@@ -29,7 +28,7 @@ from ghostfunc._ledger_rows import (
 )
 from ghostfunc._parquet import Numbers, sync_folder, to_list, write_rows
 from ghostfunc._sample_ids import SampleIds, names_of, split_ids
-from ghostfunc.dotlog import read_dot_log
+from ghostfunc.dotlog import own_rank, read_dot_log
 
 if TYPE_CHECKING:
     import pyarrow
@@ -74,7 +73,7 @@ class InRunShapley:
         if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(f"{self.folder} is a file; a ledger is a folder of files.")
         self.run = run
-        self.rank = _own_rank() if rank is None else rank
+        self.rank = own_rank() if rank is None else rank
         self._unsaved: list[pyarrow.Table] = []
         self._added: set[Part] = set()
         self._found = self._fingerprints()
@@ -88,6 +87,7 @@ class InRunShapley:
         iteration: int,
         micro_step: int = 0,
         second_order: Numbers | None = None,
+        skipped: Numbers | None = None,
     ) -> bool:
         """Count the values of one micro-batch of n samples; `save` writes them.
 
@@ -98,6 +98,8 @@ class InRunShapley:
             iteration: the optimizer step, 0 or more.
             micro_step: the micro-batch's place within the iteration, under gradient accumulation.
             second_order: `[n]`, how much of `values` is the second-order term; by default nothing.
+            skipped: `[n]`, which samples the step went on without (`engine.skipped`): they are recorded, for
+                `skipped`, and count for no sum and no visit. Their values are not read. By default none.
 
         Returns:
             Whether they were counted: False where the ledger already had this part when it was opened, as after an
@@ -119,13 +121,14 @@ class InRunShapley:
             "value": np.array(to_list(values), dtype=np.float64),
             "second_order": np.array([0.0] * n if second_order is None else to_list(second_order), dtype=np.float64),
         }
-        shapes = {name: np.shape(column) for name, column in columns.items()}
+        left_out = np.zeros(n, dtype=bool) if skipped is None else np.array(to_list(skipped), dtype=bool)
+        shapes = {name: np.shape(column) for name, column in (columns | {"skipped": left_out}).items()}
         if any(shape != (n,) for shape in shapes.values()):
             listed = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
             raise ValueError(f"add: one entry per sample is needed in each column, but their shapes are {listed}.")
         if iteration < 0 or micro_step < 0:
             raise ValueError(f"add(iteration={iteration}, micro_step={micro_step}): expected 0 or more.")
-        _require_finite(columns, iteration)
+        _require_finite(columns, left_out, iteration)
         part = (self.run, iteration, micro_step, self.rank)
         where = f"iteration {iteration}, micro_step {micro_step}, rank {self.rank}"
         if part in self._added:
@@ -140,9 +143,9 @@ class InRunShapley:
                     f"another folder or run= name; for the same run in other batches call resume({iteration}) first."
                 )
             return False
-        table = require_pyarrow().table(
-            columns | {name: [value] * n for name, value in zip(PART, part, strict=True)}, schema=schema()
-        )
+        pa = require_pyarrow()
+        columns |= {name: pa.array(columns[name], mask=left_out) for name in ("value", "second_order")}
+        table = pa.table(columns | {name: [value] * n for name, value in zip(PART, part, strict=True)}, schema=schema())
         self._unsaved.append(table)
         self._added.add(part)
         return True
@@ -203,9 +206,19 @@ class InRunShapley:
             first_order and second_order (float64, value = first_order + second_order to rounding), and visits (int64):
             how often the sample was trained on.
         """
-        return summed(self._rows(), ["domain", "sample_id"]).sort_by(
+        return summed(self._counted(), ["domain", "sample_id"]).sort_by(
             [("domain", "ascending"), ("sample_id", "ascending")]
         )
+
+    def skipped(self) -> "pyarrow.Table":
+        """List what steps went on without, because its loss or gradient was not finite.
+
+        Returns:
+            A row for each time, in the order of the run, with columns run (string), iteration (int64), micro_step and
+            rank (int32), sample_id (int64) and domain (string).
+        """
+        rows = self._rows()
+        return rows.filter(rows["value"].is_null()).select([*PART, "sample_id", "domain"])
 
     def by_domain(self) -> "pyarrow.Table":
         """Sum up each domain's values.
@@ -216,7 +229,7 @@ class InRunShapley:
         """
         samples = self.by_sample().group_by("domain", use_threads=False).aggregate([([], "count_all")])
         return (
-            summed(self._rows(), ["domain"])
+            summed(self._counted(), ["domain"])
             .sort_by("domain")
             .append_column("samples", samples.sort_by("domain")["count_all"])
         )
@@ -296,6 +309,8 @@ class InRunShapley:
     def from_dot_log(cls, folder: str | os.PathLike, *, run: str = "") -> "InRunShapley":
         """Values of a dot log, `learning_rate / n * dot + second_order`, n being the samples of the row's iteration.
 
+        Rows without a dot are of samples that the step skipped, and these do not count for n.
+
         These are the values of steps along the mean gradient of all samples of an iteration. A log without the column
         second_order gives first-order values.
 
@@ -321,7 +336,9 @@ class InRunShapley:
                 f"{folder}: the learning rate of iteration {iterations[unknown[0]]} is not in the log, and a value is "
                 "learning_rate / n * dot. Give the engine its optimizer=, or add(...) values yourself."
             )
-        _, step_of, sizes = np.unique(iterations, return_inverse=True, return_counts=True)
+        skipped = log["dot"].is_null().to_numpy()
+        _, step_of = np.unique(iterations, return_inverse=True)
+        sizes = np.maximum(np.bincount(step_of, weights=~skipped), 1)
         has_second = "second_order" in log.column_names
         second = log["second_order"].fill_null(0.0).to_numpy() if has_second else np.zeros(len(log))
         values = rates / sizes[step_of] * dots + second
@@ -337,8 +354,13 @@ class InRunShapley:
                     iteration=int(iterations[start]),
                     micro_step=int(micro_steps[start]),
                     second_order=second[start:stop],
+                    skipped=skipped[start:stop],
                 )
         return ledger
+
+    def _counted(self) -> "pyarrow.Table":
+        rows = self._rows()
+        return rows.filter(rows["value"].is_valid())
 
     def _before(self, table: "pyarrow.Table", iteration: int) -> "pyarrow.Table":
         pc = require_pyarrow().compute
@@ -373,17 +395,12 @@ class InRunShapley:
         return concatenated(tables).sort_by([(name, "ascending") for name in PART])
 
 
-def _own_rank() -> int:
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-
-
 def _fingerprint(sample_ids: Sequence[int], domains: Sequence[str]) -> int:
     return zlib.crc32("\0".join(domains).encode(), zlib.crc32(np.array(sample_ids, dtype="<i8").tobytes()))
 
 
-def _require_finite(columns: dict[str, Any], iteration: int) -> None:
-    bad = np.flatnonzero(~(np.isfinite(columns["value"]) & np.isfinite(columns["second_order"])))
+def _require_finite(columns: dict[str, Any], skipped: np.ndarray, iteration: int) -> None:
+    bad = np.flatnonzero(~(np.isfinite(columns["value"]) & np.isfinite(columns["second_order"])) & ~skipped)
     if len(bad):
         names = names_of(columns["sample_id"], columns["domain"])
         shown = "; ".join(f"{names[i]} ({columns['value'][i]:g})" for i in bad[:8])
