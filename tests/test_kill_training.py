@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from kill_worker import PLACES, STEPS, build
+from lm_world import options_of, values, weights, write_data, write_model
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,6 +19,7 @@ import ghostfunc as gf
 from ghostfunc.checkpoint import TrainingCheckpoints
 
 WORKER = Path(__file__).with_name("kill_worker.py")
+EXAMPLE = Path(__file__).parents[1] / "examples" / "GradDotProd_LM" / "main.py"
 BOUND = 90.0  # seconds in which the other ranks end on a busy machine; their collectives would wait for 120
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
             "--rdzv_endpoint", "localhost:0"]  # fmt: skip
@@ -195,3 +197,39 @@ def test_a_process_alone_killed_twice_goes_on_to_the_same_numbers(tmp_path: Path
         run.lose(0, step, place)
     run.finish()
     assert_same(run, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
+def test_the_language_model_example_killed_twice_goes_on_to_the_same_run(tmp_path: Path) -> None:
+    data, model = tmp_path / "data", tmp_path / "model"
+    data.mkdir()
+    more = ("--max_steps", 30, "--checkpoint_interval", 4, "--eval_interval", 10, "--dot_prod_save_interval", 3)
+
+    def command(results: str) -> list[str]:
+        options = options_of(write_data(data), write_model(model), tmp_path / results, "--batch_size", 2, *more)
+        return [*TORCHRUN, str(EXAMPLE), *options]
+
+    def steps() -> int:
+        found = sorted(tmp_path.glob("cut/*/checkpoint/step-*"))
+        return int(found[-1].name.removeprefix("step-")) if found else 0
+
+    _, said = (whole := start(command("whole"))).communicate(timeout=500)
+    assert whole.returncode == 0, said
+    for rank, least in enumerate((4, 16)):
+        process = start(command("cut"))
+        while steps() < least:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.01)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[rank]), signal.SIGKILL)
+        _, said = process.communicate(timeout=300)
+        assert process.returncode != 0 and "SIGKILL" in said and f"rank      : {rank} (local_rank: {rank})" in said
+    _, said = (process := start(command("cut"))).communicate(timeout=500)
+    assert process.returncode == 0, said
+    (run,), (expected,) = ((tmp_path / name).iterdir() for name in ("cut", "whole"))
+    assert values(run).equals(values(expected)) and sum(values(run)["visits"].to_pylist()) == 30 * 4
+    assert gf.read_dot_log(run).equals(gf.read_dot_log(expected))
+    assert (run / "evaluations.csv").read_text() == (expected / "evaluations.csv").read_text()
+    for name, weight in weights(run).items():
+        assert torch.equal(weight, weights(expected)[name]), name
