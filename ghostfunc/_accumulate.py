@@ -77,6 +77,10 @@ class Accumulator(ABC):
         else:
             self.columns[name][first : first + len(share)] += share
 
+    def prepare(self, block: Block) -> None:
+        """Have what ranks exchange for a block: which way its share is added may differ between them."""
+        return
+
     @abstractmethod
     def pairs_cost(self, block: Block) -> float | int:
         """FLOPs of the share from pairs; infinite where only tiles give it."""
@@ -116,6 +120,8 @@ def accumulate(
         accumulators = [a for a in accumulators if not a.val]
     if not accumulators:
         return None
+    for a in accumulators:
+        a.prepare(block)
     passes = accumulators[0].setting.train * len(block.train) * block.rows * block.cols
     making = block.making(block.train) + MEMORY_BOUND * passes
     making += block.making(block.val) if any(a.val for a in accumulators) else 0

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
@@ -72,18 +73,28 @@ def functionalize(
         (['bias', 'weight'], torch.Size([5]))
     """
     check_wrapping(module)
-    if call is None:
-        call = before_head(inner(module)) if loss is chunked_causal_lm_loss else _default_call
+    dtypes = dtypes_of(module)
+    if call is None and loss is chunked_causal_lm_loss:
+        with _whole(module, dtypes):
+            call = before_head(inner(module))
+    call = call or _default_call
     wrapper = _Call(module, call)
     prefix = "module."
     params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     if not params:
         raise ValueError("functionalize: the module has no parameter with requires_grad=True, so it has no gradients.")
 
-    dtypes = dtypes_of(module)
+    frozen = [name for name, p in module.named_parameters() if not p.requires_grad and is_sharded(p)]
 
     def model_fn(params: dict[str, Tensor], batch: Any) -> Tensor:
         interpreter = Interpreter.current()
+        if frozen:
+            if interpreter is not None and interpreter.shards is None:
+                raise NotImplementedError(
+                    f"{frozen[0]} is sharded and frozen, and no parameter of the call is sharded: shard all of the "
+                    "module's parameters with fully_shard, or none."
+                )
+            params = {name: p for name, p in module.named_parameters() if name in frozen} | params
         if dtypes:
             cast = Tensor.to if interpreter is None else interpreter.compute_in
             params = {name: cast(p, dtypes[name]) if name in dtypes else p for name, p in params.items()}
@@ -97,6 +108,17 @@ def functionalize(
             return loss(output, batch)
 
     return model_fn, params
+
+
+@contextmanager
+def _whole(module: nn.Module, dtypes: dict[str, torch.dtype]) -> Iterator[None]:
+    """A sharded module as it computes on every rank, with its own parameters."""
+    if not any(map(is_sharded, module.parameters())):
+        yield
+        return
+    cast = {name: p.to(dtypes[name]) for name, p in module.named_parameters() if name in dtypes}
+    with without_sharding_hooks(module), _reparametrize_module(module, cast, tie_weights=True), GatheredAtUse():
+        yield
 
 
 @contextmanager

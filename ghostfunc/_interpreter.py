@@ -26,7 +26,16 @@ from ghostfunc._bodies import COMPOSED, IN_STEPS, body
 from ghostfunc._errors import UnsupportedUse
 from ghostfunc._follow import follow
 from ghostfunc._nesting import functorch_level, leaf_at, readable, saved_tensors_are_hooked
-from ghostfunc._operations import LIKE_ANOTHER, READS, is_in_place, op_name, operation, tensors_in, with_leaves
+from ghostfunc._operations import (
+    LIKE_ANOTHER,
+    READS,
+    dtype_of_product,
+    is_in_place,
+    op_name,
+    operation,
+    tensors_in,
+    with_leaves,
+)
 from ghostfunc._randomness import (
     MAY_DRAW,
     DrewRandomNumbers,
@@ -41,7 +50,7 @@ from ghostfunc._randomness import (
 from ghostfunc._ranks import Ranks
 from ghostfunc._sample_axis import Lost, SampleAxis, Samples, samples_of, set_samples
 from ghostfunc._segments import Segments
-from ghostfunc._sharded import Shards, is_sharded
+from ghostfunc._sharded import Shards, ends_in, is_sharded
 from ghostfunc._sites import ISOMETRIES, Derivation, Site, Tracked
 
 _WRITES = frozenset(  # in-place operations that have a rule
@@ -102,7 +111,7 @@ class Interpreter(TorchFunctionMode):
         self.shards = Shards(ranks) if any(map(is_sharded, params.values())) else None
         for name, param in params.items():
             if self.shards is not None and is_sharded(param):
-                shard = self.shards.add(name, param)
+                shard = self.shards.add(name, param.detach().requires_grad_())
                 sentinel = shard.stand_in(param.dtype).requires_grad_()
                 self._track(Tracked((name,), sentinel, shard.in_graph(), shard=shard))
             else:
@@ -246,6 +255,13 @@ class Interpreter(TorchFunctionMode):
             return tracked.shard.values()
         return tracked.real if self.nested else tracked.real.detach()
 
+    def value_in_product(self, tensor: Any) -> Any:
+        """The same for a product: a sharded weight is gathered as autocast wants it, and not cast after that."""
+        tracked = self.find(tensor)
+        if tracked is None or tracked.shard is None:
+            return self.value(tensor)
+        return tracked.shard.values(dtype_of_product(tensor))
+
     def real(self, tensor: Any) -> Any:
         """The real tensor behind a sentinel; anything else as it is."""
         tracked = self.find(tensor)
@@ -254,10 +270,15 @@ class Interpreter(TorchFunctionMode):
         return tracked.real if tracked.shard is None else tracked.shard.with_graph(tracked.real)
 
     def compute_in(self, tensor: Any, dtype: torch.dtype) -> Any:
-        """What stands for a sharded parameter whose values are gathered in a dtype; anything else as it is."""
+        """A parameter in a dtype; a sharded one, of the call or frozen, is gathered in it."""
         tracked = self.find(tensor)
-        if tracked is None or tracked.shard is None or tracked.shard.dtype == dtype:
+        if tracked is None and self.shards is not None and is_sharded(tensor):
+            self.shards.frozen(tensor).dtype = dtype
             return tensor
+        if tracked is None or tracked.shard is None:
+            return tensor.to(dtype)
+        if tracked.shard.dtype == dtype:
+            return tracked.sentinel
         del self._by_id[id(tensor)]
         tracked.shard.dtype = dtype
         tracked.sentinel = tracked.shard.stand_in(dtype).requires_grad_()
@@ -269,7 +290,7 @@ class Interpreter(TorchFunctionMode):
         tracked = self.find(leaf)
         if tracked is not None:
             return leaf if tracked.shard is None else tracked.shard.values()
-        return self.shards.frozen(leaf) if self.shards is not None and is_sharded(leaf) else leaf
+        return self.shards.frozen(leaf).values() if self.shards is not None and is_sharded(leaf) else leaf
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -366,6 +387,16 @@ class Interpreter(TorchFunctionMode):
             "this one would not get their values. Write the operation in torch functions, or leave them unsharded.",
             names,
         )
+
+    def refuse_unseen(self, losses: Tensor) -> None:
+        """Raise if losses come from what stands for a sharded parameter: an operation that is not seen has used it."""
+        sharded = [t for t in self.tracked if t.shard is not None]
+        if sharded and (places := ends_in(losses, [t.sentinel for t in sharded])):
+            self._refuse_sharded(
+                "by an operation that the interpreter does not see (a torch.autograd.Function of your own, "
+                "torch.jit.script, a C++ extension)",
+                [sharded[place] for place in places],
+            )
 
     def _refuse_backward(self, name: str) -> None:
         """A backward inside `model_fn` runs through values that carry no parameter: its result would lose them."""

@@ -128,7 +128,13 @@ def einsum_letters(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]
 
 
 def as_autocast(x: Tensor) -> Tensor:
-    """A factor's activation as the product sees it, which autocast would cast: all dtypes but float64."""
+    """A factor's activation as the product sees it, which autocast would cast."""
+    dtype = dtype_of_product(x)
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def dtype_of_product(x: Tensor) -> torch.dtype:
+    """The dtype of a tensor in a product: under autocast its own, for all dtypes but float64."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype

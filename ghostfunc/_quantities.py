@@ -63,6 +63,10 @@ class _AlongOne(Accumulator):
 
     direction: Mapping[str, Tensor]
 
+    def prepare(self, block: Block) -> None:
+        if not self.val:
+            self.direction[block.name]  # a sharded one is gathered, and stays for this block
+
     def pairs_cost(self, block: Block) -> float | int:
         return block.making(block.train)
 
@@ -340,8 +344,8 @@ class _Streamed(Accumulator):
 
     def value(self) -> Any:
         if self.asked.out == "entry":
-            missing = [name for name in self.setting.names if name not in self.placed]
-            zeros = {name: torch.zeros_like(self.setting.params[name]) for name in missing}
+            missing = {n: self.setting.params[n] for n in self.setting.names if n not in self.placed}
+            zeros = {n: torch.zeros(p.shape, dtype=p.dtype, device=p.device) for n, p in missing.items()}
             return {name: self.placed.get(name, zeros.get(name)) for name in self.setting.names}
         if self.asked.out == "param":
             return self.of_param

@@ -42,7 +42,7 @@ def _affine(mode: Interpreter, op: str, x: Tensor, weight: Tensor, bias: Tensor 
     if weight.dim() != 2 or weight.is_complex() or x.is_complex():
         return NO_RULE
     x = as_autocast(x)
-    matrix = mode.value(weight)
+    matrix = mode.value_in_product(weight)
     out = F.linear(x, matrix.t() if transposed else matrix, None if bias is None else mode.value(bias))
     tracked = mode.find(weight)
     if tracked is not None and (base := tracked.transposed_base()) is not None:

@@ -109,7 +109,7 @@ def _convolved(
         return _by_group(mode, func, x, weight, bias, settings)
     x = as_autocast(x)
     x = x if batched else x.unsqueeze(0)
-    out = func(x, mode.value(weight), mode.value(bias), **settings).movedim(1, -1)  # [N, *L, C_out]
+    out = func(x, mode.value_in_product(weight), mode.value(bias), **settings).movedim(1, -1)  # [N, *L, C_out]
 
     def outer(g: Tensor, samples: Partition, x: Tensor) -> Factor:
         x = x.to(g.dtype)

@@ -32,7 +32,7 @@ from ghostfunc._ranks import Ranks
 from ghostfunc._rules import apply_rule
 from ghostfunc._sample_axis import Lost, Partition, SampleAxis, samples_of, set_samples
 from ghostfunc._segments import Segments
-from ghostfunc._sharded import gathered, is_sharded
+from ghostfunc._sharded import is_sharded
 from ghostfunc._sites import Site, Tracked
 
 # How far a sample's loss alone may be from its loss in the batch, by the precision that the model computed in.
@@ -162,7 +162,8 @@ class Run:
         return value, derived, pullback
 
     def _derived(self, tracked: Tracked, name: str) -> tuple[Tensor, Tensor]:
-        values = {key: gathered(self.leaves[key]).detach() for key in tracked.names}
+        parameters = {t.names[0]: t for t in self.tracked if t.derivation is None}
+        values = {key: parameters[key].values.detach() for key in tracked.names}
         leaf = values[name].requires_grad_()
         return leaf, tracked.replay(values)
 
@@ -271,7 +272,11 @@ def forward(
     if before is not None and not mode.random and before.has_moved():
         mode.drew_unseen()
     losses, aux = out if want.has_aux else (out, None)
-    check_losses(losses, samples, want.batches)
+    try:
+        check_losses(losses, samples, want.batches)
+    except ValueError:
+        mode.refuse_unseen(losses)
+        raise
     losses, without_data = _with_samples(mode, losses, samples)
     doubt = _doubt(losses, mode.sites, samples) or without_data
     aux = pytree.tree_map_only(Tensor, lambda t: _out(mode.real(t), mode.level if nested else None), aux)

@@ -5,14 +5,14 @@
 
 A sharded parameter is a `DTensor` over the ranks that also split the samples. Neither autograd nor the graph keeps its
 full values: what an operation would save of them is kept as the shard, and the tensor that stands for the parameter in
-the graph has its shape and no memory of its own.
+the graph has its shape, no memory of its own, and no values: it is full of NaN, lest what reads it passes for a result.
 """
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -30,13 +30,15 @@ from ghostfunc._nesting import functorch_level
 from ghostfunc._operations import READS
 from ghostfunc._ranks import Group, Ranks
 
+_AT_ONCE = sys.maxsize  # the number of a node that the backward runs as soon as it is ready
 _SMALL = 1 << 16  # numbers of a parameter (a bias, a scale) that stays gathered during a call
 
 
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is a `DTensor`: spread over ranks."""
     module = sys.modules.get("torch.distributed.tensor")  # importing it takes half a second, and who has one has it
-    return module is not None and isinstance(tensor, module.DTensor)
+    kind = getattr(module, "DTensor", None)  # before torch 2.5 the module has none
+    return kind is not None and isinstance(tensor, kind)
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -95,38 +97,43 @@ class Shard:
 
     Args:
         name: of the parameter, for messages.
-        tensor: the sharded tensor.
+        leaf: the sharded tensor; of a parameter what the backward differentiates with respect to.
         shards: of the run.
 
     Attributes:
-        leaf: what the backward differentiates with respect to: sharded, as its gradient will be.
+        leaf: as it was given: sharded, as its gradient will be.
         dtype: of the gathered values.
     """
 
-    def __init__(self, name: str, tensor: Tensor, shards: Shards) -> None:
+    def __init__(self, name: str, leaf: Tensor, shards: Shards) -> None:
         self.name = name
-        self.leaf = tensor.detach().requires_grad_()
-        self.dtype = tensor.dtype
+        self.leaf = leaf
+        self.dtype = leaf.dtype
         self._shards = shards
         self._place = len(shards.all)
         self._kept: Tensor | None = None
         self._given: list[weakref.ref[Tensor]] = []
 
     def stand_in(self, dtype: torch.dtype) -> Tensor:
-        """A tensor of the parameter's shape that takes no memory: zeros."""
-        return torch.zeros((), dtype=dtype, device=self.leaf.device).expand(self.leaf.shape)
+        """A tensor of the parameter's shape that takes no memory: NaN everywhere."""
+        return torch.full((), torch.nan, dtype=dtype, device=self.leaf.device).expand(self.leaf.shape)
 
     def in_graph(self) -> Tensor:
         """What stands for the parameter in the graph: the cotangents of all its uses add up there."""
         with torch.enable_grad():
-            return _Unshard.apply(self.leaf, self)  # type: ignore[return-value]
+            stand_in: Tensor = _Unshard.apply(self.leaf, self)  # type: ignore[assignment]
+        # Of the nodes that are ready the backward takes the newest, and would hold all whole gradients to the end.
+        if (node := stand_in.grad_fn) is not None and hasattr(node, "_set_sequence_nr"):
+            node._set_sequence_nr(_AT_ONCE)
+        return stand_in
 
-    def values(self) -> Tensor:
+    def values(self, dtype: torch.dtype | None = None) -> Tensor:
         """The whole tensor, for one operation: what the operation saves of it is the shard."""
-        if self._kept is not None and self._kept.dtype == self.dtype:
+        dtype = dtype or self.dtype
+        if self._kept is not None and self._kept.dtype == dtype:
             return self._kept
         self.step(self.name)
-        whole = gathered(self.leaf.detach().to(self.dtype))
+        whole = gathered(self.leaf.detach().to(dtype))
         if whole.numel() <= _SMALL:
             self._kept = whole
         else:
@@ -180,6 +187,7 @@ class _Saved(NamedTuple):
     """What autograd keeps in place of a view of gathered values."""
 
     shard: Shard
+    dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
@@ -196,26 +204,27 @@ class Shards:
         self.ranks = ranks
         self.all: list[Shard] = []
         self.hooks = (self._pack, self._unpack)
-        self._lent: dict[int, tuple[StorageWeakRef, Shard]] = {}
+        self._lent: dict[int, tuple[StorageWeakRef, Shard, torch.dtype]] = {}
         self._frozen: dict[int, tuple[Tensor, Shard]] = {}
 
-    def add(self, name: str, tensor: Tensor) -> Shard:
+    def add(self, name: str, leaf: Tensor) -> Shard:
         """A sharded tensor that the run will use."""
-        shard = Shard(name, tensor, self)
+        shard = Shard(name, leaf, self)
         self.all.append(shard)
         return shard
 
-    def frozen(self, tensor: Tensor) -> Tensor:
-        """The whole values of a sharded tensor that is no parameter of the call."""
+    def frozen(self, tensor: Tensor) -> Shard:
+        """A sharded tensor that is no parameter of the call."""
         if id(tensor) not in self._frozen:
-            self._frozen[id(tensor)] = tensor, self.add(f"a frozen tensor of shape {tuple(tensor.shape)}", tensor)
-        return self._frozen[id(tensor)][1].values()
+            shard = self.add(f"a frozen tensor of shape {tuple(tensor.shape)}", tensor.detach())
+            self._frozen[id(tensor)] = tensor, shard
+        return self._frozen[id(tensor)][1]
 
     def lend(self, whole: Tensor, shard: Shard) -> None:
         """Whole values are in some operation's hands."""
         self._lent = {key: lent for key, lent in self._lent.items() if not lent[0].expired()}
         storage = whole.untyped_storage()
-        self._lent[storage._cdata] = StorageWeakRef(storage), shard
+        self._lent[storage._cdata] = StorageWeakRef(storage), shard, whole.dtype
 
     def saved_as_shards(self) -> AbstractContextManager:
         """Around the forward: autograd keeps shards where it would keep whole parameters."""
@@ -224,16 +233,19 @@ class Shards:
     def _pack(self, tensor: Tensor) -> Any:
         if tensor.layout != torch.strided or is_sharded(tensor):
             return tensor
-        weak, shard = self._lent.get(tensor.untyped_storage()._cdata, (None, None))
-        if weak is None or shard is None or weak.expired() or tensor.dtype != shard.dtype:
+        lent = self._lent.get(tensor.untyped_storage()._cdata)
+        if lent is None:
             return tensor
-        return _Saved(shard, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        weak, shard, dtype = lent
+        if weak.expired() or tensor.dtype != dtype:
+            return tensor
+        return _Saved(shard, dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def _unpack(self, kept: Any) -> Tensor:
         if not isinstance(kept, _Saved):
             return kept
         with torch._C.DisableTorchFunction():
-            return kept.shard.values().as_strided(kept.size, kept.stride, kept.offset)
+            return kept.shard.values(kept.dtype).as_strided(kept.size, kept.stride, kept.offset)
 
 
 class ShardedDirection(Mapping[str, Tensor]):
@@ -254,6 +266,10 @@ class ShardedDirection(Mapping[str, Tensor]):
         self.dtype = dtype
         self.ranks = ranks
         self._places = {name: place for place, name in enumerate(self.tensors)}
+        self._number = 1  # apart from the places of parameters and of other directions
+        if ranks is not None:
+            ranks.directions += 1
+            self._number = ranks.directions
         self._last: tuple[str, Tensor] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
@@ -261,7 +277,7 @@ class ShardedDirection(Mapping[str, Tensor]):
             self._last = None  # one at a time
             tensor = self.tensors[name]
             if self.ranks is not None and is_sharded(tensor):
-                self.ranks.in_step(_DIRECTIONS + self._places[name], f"the direction of {name}")
+                self.ranks.in_step((self._number << 32) + self._places[name], f"the direction of {name}")
             whole = gathered(tensor).to(self.dtype)
             self._last = name, whole.unsqueeze(0) if self.stacked else whole
         return self._last[1]
@@ -273,7 +289,20 @@ class ShardedDirection(Mapping[str, Tensor]):
         return len(self.tensors)
 
 
-_DIRECTIONS = 1 << 32  # apart from the places of parameters
+def ends_in(output: Tensor, leaves: Iterable[Tensor]) -> list[int]:
+    """Places of the leaves that the graph of a tensor has."""
+    ids = {id(leaf): place for place, leaf in enumerate(leaves)}
+    waiting, seen, found = [output.grad_fn], set(), []
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        place = ids.get(id(getattr(node, "variable", None)))
+        if place is not None:
+            found.append(place)
+        waiting += [after for after, _ in node.next_functions]
+    return found
 
 
 class GatheredAtUse(TorchFunctionMode):

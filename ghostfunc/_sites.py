@@ -85,6 +85,11 @@ class Tracked:
         """Of a parameter: what the backward differentiates with respect to."""
         return self.real if self.shard is None else self.shard.leaf
 
+    @property
+    def values(self) -> Tensor:
+        """Its values; of a sharded parameter gathered, for one operation."""
+        return self.real if self.shard is None else self.shard.values()
+
     def replay(self, values: Mapping[str, Tensor]) -> Tensor:
         """The tensor again, from other values of the parameters."""
         if self.derivation is None:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils import _pytree as pytree
 
+from ghostfunc._sharded import is_sharded
+
 
 def inner(module: nn.Module) -> nn.Module:
     """The module that computes: without `DistributedDataParallel` around it."""
@@ -48,10 +50,14 @@ def check_wrapping(module: nn.Module) -> None:
                 "fully_shard over all these ranks instead: its parameters take as little memory, and every rank has "
                 "samples of its own."
             )
-        if _state_of(child) is not None:
-            reshard: Any = getattr(child, "reshard", None)
-            if reshard is not None:
-                reshard()  # a forward without a backward leaves the root's parameters gathered
+    _reshard(module)
+
+
+def _reshard(module: nn.Module) -> None:
+    """Free what FSDP2 has gathered: a forward without a backward leaves the root's parameters whole in the module."""
+    for child in module.modules():
+        if _state_of(child) is not None and (reshard := getattr(child, "reshard", None)) is not None:
+            reshard()
 
 
 def _state_of(module: nn.Module) -> Any:
@@ -67,7 +73,8 @@ def dtypes_of(module: nn.Module) -> dict[str, torch.dtype]:
     for prefix, child in module.named_modules():
         state = _state_of(child)
         if state is not None:  # parents come first, and their children's policies go before theirs
-            found |= {name: state._mp_policy.param_dtype for name, _ in child.named_parameters(prefix)}
+            sharded = [name for name, p in child.named_parameters(prefix) if is_sharded(p)]
+            found |= dict.fromkeys(sharded, state._mp_policy.param_dtype)
     return {name: dtype for name, dtype in found.items() if dtype is not None}
 
 
@@ -75,6 +82,7 @@ def dtypes_of(module: nn.Module) -> dict[str, torch.dtype]:
 def without_sharding_hooks(module: nn.Module) -> Iterator[None]:
     """FSDP2's hooks replaced by what they do to dtypes alone, for the time of a forward."""
     changed: list[tuple[dict, OrderedDict]] = []
+    _reshard(module)
     try:
         for child in module.modules():
             if (state := _state_of(child)) is None:
