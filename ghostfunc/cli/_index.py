@@ -90,6 +90,7 @@ def index(
         ghostfunc index texts -m gpt2 -o my-index --layers mlp,attn --rank 256
         ghostfunc index more.jsonl --out my-index --append
         ghostfunc index --config my-index/run.yaml
+        torchrun --no-python --nproc-per-node 8 ghostfunc index corpus.jsonl.zst -m gpt2 -o my-index
     """
     given = dict(locals())
     share = Share.of(process, processes)
