@@ -339,6 +339,7 @@ def test_interleaved_plain_steps_are_timed_and_change_nothing(options, tmp_path)
         (["--model_dtype", "bfloat16", "--train_dtype", "float32"], "autocast starts from float32 weights"),
         (["--method", "Regular", "--interleave_plain", "2"], "--interleave_plain compares with --method GradDotProd"),
         (["--method", "Regular", "--order", "2"], "--order and --metric are about --method GradDotProd"),
+        (["--method", "Regular", "--on_nonfinite", "skip"], "--on_nonfinite skip is about --method GradDotProd"),
         (["--metric", "adam", "--optimizer", "sgd"], "use it with --optimizer adamw or adam"),
         (["--order", "3"], "argument --order: invalid choice: 3"),
         (["--order", "2", "--gradient_accumulation_steps", "2"], "Use a larger --batch_size, or --order 1"),

@@ -102,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--optimizer", choices=list(OPTIMIZERS), default="adamw")
     add("--order", type=int, choices=[1, 2], default=1, help="2: values with the validation loss's curvature")
     add("--metric", choices=["sgd", "adam"], default="sgd", help="whose step dots and values speak of")
+    add("--on_nonfinite", choices=["raise", "skip"], default="raise", help="samples with nan or infinity")
     add("--seed", type=natural, default=42)
     add("--train_set", default="pile", help="pile, comma-separated domain names, or a folder of .bin files")
     add("--val_set", default="pile", help="likewise")
@@ -149,6 +150,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         )
     if options.interleave_plain and options.method == "Regular":
         parser.error("--interleave_plain compares with --method GradDotProd; with Regular every step is plain")
+    if options.method == "Regular" and options.on_nonfinite == "skip":
+        parser.error("--on_nonfinite skip is about --method GradDotProd: with Regular no gradient is of one sample")
     if options.method == "Regular" and (options.order, options.metric) != (1, "sgd"):
         parser.error("--order and --metric are about --method GradDotProd; Regular computes no values")
     if options.metric == "adam" and options.optimizer == "sgd":

@@ -285,6 +285,7 @@ class Trainer:
             iteration=iteration,
             micro_step=micro_step,
             second_order=self.engine.second_order,
+            skipped=self.engine.skipped,
         )
 
     def _backward(self, loss: Tensor) -> None:
