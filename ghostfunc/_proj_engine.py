@@ -193,9 +193,8 @@ class GradProjEngine:
             >>> import tempfile, torch, ghostfunc as gf
             >>> from ghostfunc.index import Store
             >>> X, Y, folder = torch.randn(10, 4), torch.randint(3, (10,)), tempfile.mkdtemp()
-            >>> engine = gf.GradProjEngine(
-            ...     torch.nn.Linear(4, 3), loss=gf.classification_loss, proj_rank_total=12, proj_dir=folder
-            ... )
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3))
+            >>> engine = gf.GradProjEngine(model, loss=gf.classification_loss, proj_rank_total=16, proj_dir=folder)
             >>> engine.attach((X[:1], Y[:1]), samples=10, batch_size=4)
             >>> with engine.batches() as batches:
             ...     for rows in batches:
