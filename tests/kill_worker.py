@@ -73,7 +73,9 @@ class Death:
 def build(sharded: bool) -> nn.Module:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 4)).double()
-    return fully_shard(model) if sharded else model
+    if sharded:
+        fully_shard(model)
+    return model
 
 
 def batch_of(step: int, samples: int = SAMPLES) -> tuple[Tensor, Tensor, list[int]]:

@@ -46,7 +46,7 @@ class Mixed(nn.Module):
         return x.square().sum() + picture.square().sum() + self.norm(x[:, :3]).pow(3).sum() + self.short.float().sum()
 
 
-def built(seed: int) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+def built(seed: int) -> tuple[Any, torch.optim.Optimizer, Any]:
     torch.manual_seed(seed)
     model = Mixed()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -156,7 +156,7 @@ def test_states_keep_their_own_dtype(tmp_path: Path) -> None:
 
 
 def test_a_parameter_without_a_gradient_has_no_state_and_gets_none(tmp_path: Path) -> None:
-    def pair() -> tuple[nn.Module, torch.optim.Optimizer]:
+    def pair() -> tuple[nn.ModuleDict, torch.optim.Optimizer]:
         model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
         return model, torch.optim.AdamW(model.parameters())
 
