@@ -7,6 +7,7 @@ parameters and buffers of the modules that `model_fn` closes over). Behind the n
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from types import FunctionType, MethodType
@@ -35,6 +36,8 @@ def one_node(transform: Callable[_P, _R]) -> Callable[_P, _R]:
     def public(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if torch.compiler.is_dynamo_compiling():
             return _as_node(transform.__name__, *args, **kwargs)  # pyright: ignore[reportCallIssue]
+        if kwargs.get("group") is not None and "torch._dynamo" in sys.modules:
+            return torch.compiler.disable(transform)(*args, **kwargs)  # Dynamo is not to record what ranks exchange
         return transform(*args, **kwargs)
 
     return public

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ghostfunc._blocks import Blocks
 from ghostfunc._parquet import write_atomically
+from ghostfunc._sharded import gathered
 
 _FORMAT = 1
 
@@ -107,7 +108,8 @@ class KroneckerProjection:
         """The projection of one gradient that is at hand, such as a mean or a preconditioned one.
 
         Args:
-            gradient: by name, each of its parameter's shape; names that the projection is not of are left out.
+            gradient: by name, each of its parameter's shape; names that the projection is not of are left out. Sharded
+                ones are gathered one by one: all their ranks make the call.
 
         Returns:
             `[k]`, in the columns of `slices`.
@@ -125,7 +127,8 @@ class KroneckerProjection:
                 raise ValueError(
                     f"{name}: the gradient has shape {tuple(gradient[name].shape)}, the projection is of {part.shape}."
                 )
-            blocks = part.blocks.of(gradient[name].detach().to(part.p_in).unsqueeze(0))  # [1, count, d_in, d_out]
+            whole = gathered(gradient[name]).detach().to(part.p_in)
+            blocks = part.blocks.of(whole.unsqueeze(0))  # [1, count, d_in, d_out]
             columns.append((part.p_in.t() @ blocks @ part.p_out).flatten())
         return torch.cat(columns)
 

@@ -81,7 +81,8 @@ def ghost_grad_norm(
             raise ValueError(f"out={out!r}: a norm is of a sample or a token; the axes must have one of them.")
         axes = axes._replace(tensor=("train", *axes.tensor))
     batch = plain(batch)
-    units = units_of(batch, batch_size(batch, "given"), segments, token=axes.has("token"))
+    with call.together():
+        units = units_of(batch, batch_size(batch, "given"), segments, token=axes.has("token"))
     found: list[Norms] = []
 
     def start(setting: Setting) -> list[Accumulator]:

@@ -90,8 +90,9 @@ def ghost_grad_dot(
             keep segments apart (as `causal_lm_loss` does for a batch with "segments").
         group: the data-parallel process group, or a mesh of one dimension: the batches are this rank's shares (of any
             sizes, none empty), the validation gradient is that of all ranks' samples, and results are about this
-            rank's train samples; the axis "val" has all ranks' validation samples, in the order of the ranks. All
-            ranks make the call, and what one raises, all raise.
+            rank's train samples; the axis "val" has all ranks' validation samples, in the order of the ranks. With
+            `rank`, directions are the same on all ranks, but one whose exact dot products cost it less takes these. All
+            ranks make the call, and what one raises, all raise. (A step of micro-batches: `mean_gradient`.)
 
     Returns:
         The dot products in the axes of `out`; with `rank`, `BoundedDots(dots, bound)`, where no dot product is further

@@ -15,7 +15,7 @@ from ghostfunc._batch import batch_size, plain
 from ghostfunc._call import Params
 from ghostfunc._errors import InteractingSamples, VerificationError
 from ghostfunc._functionalize import ModelFn
-from ghostfunc._oracle import per_sample_grad
+from ghostfunc._oracle import per_sample_grad, refuse_sharded
 from ghostfunc._transforms import ghost_factors, ghost_grad_dot, value_and_grad_dot
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -112,6 +112,7 @@ def verify(
         InteractingSamples: if a sample's loss alone is not its loss in the batch.
         UnsupportedUse: as in `ghost_grad_dot`.
         RuntimeError: if `model_fn` draws random numbers.
+        NotImplementedError: for sharded parameters.
 
     Example:
         >>> import torch, ghostfunc as gf
@@ -120,6 +121,7 @@ def verify(
         >>> gf.verify(model_fn, params, batch).worst < 1e-10
         True
     """
+    refuse_sharded("verify", params)
     batch = plain(batch)
     samples = batch_size(batch, "given")
     names = [name for name in params if name in match_layers(layers, list(params))]

@@ -18,11 +18,11 @@ import torch.distributed as dist
 from cases import BY_NAME
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 import ghostfunc as gf
-from ghostfunc._gather import gather_samples, mean_gradient
 
 CASES = ("mlp", "gpt2 tied", "convolution", "unused")
 TRAIN, VAL = 7, 5  # samples of all ranks
@@ -87,10 +87,13 @@ def everything(name: str, train: Any, val: Any, group: Any) -> dict[str, Tensor]
     return found
 
 
-def more(name: str, train: Any, val: Any, group: Any) -> dict[str, Tensor]:
-    """The results of what is fitted on data, and of what is made of several calls."""
+def more(name: str, train: Any, val: Any, group: Any, *, sharded: bool = False) -> dict[str, Tensor]:
+    """The results of what is fitted on data, and of what is made of several calls; K-FAC is not for sharded ones."""
     case = BY_NAME[name].make(torch.float64, torch.device("cpu"))
     model_fn, params = case.model_fn, case.params
+    if sharded:
+        params = {n: distribute_tensor(p, group, [Shard(0)]) for n, p in params.items()}
+        group = None
     found: dict[str, Tensor] = {}
 
     def keep(what: str, value: Any) -> None:
@@ -108,7 +111,7 @@ def more(name: str, train: Any, val: Any, group: Any) -> dict[str, Tensor]:
     points = [params, {n: 0.9 * p for n, p in params.items()}]
     keep("tracin", gf.tracin(model_fn, points, train, val, params=params, group=group).dots)
     batches = [part(train, slice(k, k + 2)) for k in range(0, len(pytree.tree_leaves(train)[0]), 2)]
-    for fit in (gf.kfac, gf.ekfac):
+    for fit in () if sharded else (gf.kfac, gf.ekfac):
         keep(f"all {fit.__name__}", fit(model_fn, params, batches, group=group)(params))
     # An unused parameter has no leading directions, and the largest entries of one of a convolution's have both signs.
     for kind in ("gaussian", "pca") if name in ("mlp", "gpt2 tied") else ("gaussian",):
@@ -154,7 +157,7 @@ def of_a_step(rank: int, ranks: int, group: Any) -> dict[str, Tensor]:
             samples, dots = samples + n, [*dots, result.dots]
         in_calls = sum(exchanges.values())
         shuffled = {name: sums[name] for name in sorted(sums, reverse=bool(rank))}
-        mean = mean_gradient(shuffled, samples, group=group)
+        mean = gf.mean_gradient(shuffled, samples, group=group)
     assert (in_calls, mean.samples, list(mean.grads)) == (0, TRAIN, list(shuffled))
     count = {name: torch.tensor(number) for name, number in exchanges.items()}
     return {"dots": torch.cat(dots), **flat("count", count), **flat("grads", mean.grads)}
@@ -204,11 +207,11 @@ def gathered(rank: int, ranks: int, group: Any) -> dict[str, Any]:
     """What `gather_samples` gives, as JSON holds it."""
     ids = dealt(rank, ranks)
     mine = results_of(ids, turned=bool(rank))
-    all_of = gather_samples(mine, ids, group)
-    once = gather_samples(mine, torch.tensor(ids), group, drop_repeated=True, to=ranks - 1)
-    named = gather_samples(mine.dots, [f"doc {9 - i}" for i in ids], group, drop_repeated=True)
-    placed = gather_samples(mine.dots, [f"doc {9 - i}" for i in ids], group, positions=ids, drop_repeated=True)
-    none_here = gather_samples(mine.dots[: (rank == 0) * 2], ids[: (rank == 0) * 2], group)
+    all_of = gf.gather_samples(mine, ids, group)
+    once = gf.gather_samples(mine, torch.tensor(ids), group, drop_repeated=True, to=ranks - 1)
+    named = gf.gather_samples(mine.dots, [f"doc {9 - i}" for i in ids], group, drop_repeated=True)
+    placed = gf.gather_samples(mine.dots, [f"doc {9 - i}" for i in ids], group, positions=ids, drop_repeated=True)
+    none_here = gf.gather_samples(mine.dots[: (rank == 0) * 2], ids[: (rank == 0) * 2], group)
     assert (once is None) == (rank != ranks - 1)
     assert all_of and named and placed and none_here and isinstance(all_of.values, Pair)
     return {
@@ -253,6 +256,38 @@ def wrapped(rank: int, ranks: int, group: Any) -> dict[str, Tensor]:
     for (name, p), q in zip(bare.named_parameters(), ddp.parameters(), strict=True):
         error[f"trained {name}"] = (p - q).detach().abs().max()
     return error
+
+
+def of_experts(batches: list[Any], group: Any) -> dict[str, Tensor]:
+    """K-FAC of a weight whose parts ranks use, and of a table that is looked up on one and multiplied on another."""
+
+    def model_fn(params: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+        expert = int(batch["expert"][0])
+        hidden = batch["x"] @ params["experts"][expert]
+        table = params["table"]
+        return ((hidden @ table.t()) if expert else torch.nn.functional.embedding(batch["ids"], table)).square().sum(1)
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"experts": (3, 4, 5), "table": (6, 5)}
+    params = {n: torch.randn(shape, generator=generator, dtype=torch.float64) for n, shape in shapes.items()}
+    params["unused"] = torch.ones(2, dtype=torch.float64)
+    found: dict[str, Tensor] = {}
+    for fit in (gf.kfac, gf.ekfac):
+        found |= flat(fit.__name__, fit(model_fn, params, batches, damping=0.5, group=group)(params))
+    return found
+
+
+def batches_of_experts() -> list[dict[str, Tensor]]:
+    """Three batches, of which each goes to one expert; none to the last one of three."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {
+            "x": torch.randn(samples, 4, generator=generator, dtype=torch.float64),
+            "ids": torch.randint(6, (samples,), generator=generator),
+            "expert": torch.full((samples,), expert),
+        }
+        for samples, expert in ((3, 0), (4, 1), (2, 0))
+    ]
 
 
 def of_low_rank(rank: int, ranks: int, group: Any) -> dict[str, Tensor]:
@@ -319,11 +354,13 @@ def messages(rank: int, group: Any) -> dict[str, str]:
         "file": message_of(
             lambda: gf.tracin(model_fn, ([params], ["none.safetensors"])[rank], train, val, group=group)
         ),
-        "width": message_of(lambda: gather_samples(torch.ones(2, 3 + rank), [rank, 2], group)),
-        "rows": message_of(lambda: gather_samples({"dots": torch.ones(2 + rank)}, [0, 1], group)),
-        "ids": message_of(lambda: gather_samples(torch.ones(1), ([0], ["a"])[rank], group)),
-        "gradients": message_of(lambda: mean_gradient({"a": torch.ones(2), "b": torch.ones(2 + rank)}, 1, group=group)),
-        "no samples": message_of(lambda: mean_gradient({"a": torch.ones(2)}, 0, group=group)),
+        "width": message_of(lambda: gf.gather_samples(torch.ones(2, 3 + rank), [rank, 2], group)),
+        "rows": message_of(lambda: gf.gather_samples({"dots": torch.ones(2 + rank)}, [0, 1], group)),
+        "ids": message_of(lambda: gf.gather_samples(torch.ones(1), ([0], ["a"])[rank], group)),
+        "gradients": message_of(
+            lambda: gf.mean_gradient({"a": torch.ones(2), "b": torch.ones(2 + rank)}, 1, group=group)
+        ),
+        "no samples": message_of(lambda: gf.mean_gradient({"a": torch.ones(2)}, 0, group=group)),
         "after all that": message_of(lambda: gf.ghost_grad_dot(model_fn, params, train, val, group=group)),
     }
 
@@ -362,8 +399,12 @@ def main(rank: int, ranks: int, folder: Path, end: str, timeout: int) -> None:
         group = mesh if number % 2 else dist.group.WORLD
         found = everything(name, *mine, group) | more(name, *mine, group)
         save_file({k: t.contiguous() for k, t in found.items()}, folder / f"{name}-{ranks}-{rank}.safetensors")
+        if ranks == 4:
+            of_shards = more(name, *mine, mesh, sharded=True)
+            save_file({k: t.contiguous() for k, t in of_shards.items()}, folder / f"{name}-sharded-{rank}.safetensors")
     group = dist.group.WORLD
     save_file(of_a_step(rank, ranks, group), folder / f"step-{ranks}-{rank}.safetensors")
+    save_file(of_experts(batches_of_experts()[rank::ranks], group), folder / f"experts-{ranks}-{rank}.safetensors")
     save_file(wrapped(rank, ranks, group), folder / f"wrapped-{ranks}-{rank}.safetensors")
     save_file(of_low_rank(rank, ranks, group), folder / f"low-rank-{ranks}-{rank}.safetensors")
     (folder / f"gathered-{ranks}-{rank}.json").write_text(json.dumps(gathered(rank, ranks, mesh)))

@@ -10,11 +10,26 @@ from typing import Any
 
 import pytest
 import torch
-from ranks_worker import CASES, TRAIN, VAL, data, dealt, everything, more, of_low_rank, results_of, shares, wide_shares
+import torch.distributed as dist
+from ranks_worker import (
+    CASES,
+    TRAIN,
+    VAL,
+    batches_of_experts,
+    data,
+    dealt,
+    everything,
+    more,
+    of_experts,
+    of_low_rank,
+    results_of,
+    shares,
+    wide_shares,
+)  # fmt: skip
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ghostfunc._gather import gather_samples, mean_gradient
+import ghostfunc as gf
 
 TOLERANCE = 1e-10
 
@@ -32,7 +47,7 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     """A run of all calls on so many ranks, and the folder of its results."""
     ranks, folder = request.param, tmp_path_factory.mktemp("ranks")
     processes = [started(rank, ranks, folder) for rank in range(ranks)]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
+    errors = [process.communicate(timeout=600)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * ranks, "\n".join(errors)
     return ranks, folder
 
@@ -51,18 +66,36 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def test_every_call(ran: tuple[int, Path], alone: Any, name: str) -> None:
     ranks, folder = ran
     found = [load_file(folder / f"{name}-{ranks}-{rank}.safetensors") for rank in range(ranks)]
-    for what, expected in alone[name].items():
+    assert_as_one_process(found, alone[name])
+    for of_rank in found:
+        assert set(of_rank) == set(alone[name])
+        assert torch.equal(of_rank["same gaussian"], alone[name]["same gaussian"])
+    if ranks == 4:  # with sharded parameters, whose ranks are the group
+        of_shards = [load_file(folder / f"{name}-sharded-{rank}.safetensors") for rank in range(ranks)]
+        assert len(of_shards[0]) > 10
+        assert_as_one_process(of_shards, alone[name])
+
+
+def assert_as_one_process(found: list[dict[str, Tensor]], alone: dict[str, Tensor]) -> None:
+    for what in found[0]:
         for rank, of_rank in enumerate(found):
             if what.startswith("same"):  # the same bits, which decompositions of sums in another order do not have
                 assert torch.equal(of_rank[what], found[0][what]), (what, rank)
                 continue
-            rows = shares(VAL if what.startswith("val ") else TRAIN, ranks)[rank]
-            mine = expected if what.startswith("all") else expected[rows]
+            rows = shares(VAL if what.startswith("val ") else TRAIN, len(found))[rank]
+            mine = alone[what] if what.startswith("all") else alone[what][rows]
             assert of_rank[what].shape == mine.shape, (what, rank)
             assert relative(of_rank[what], mine) <= TOLERANCE, (what, rank)
-    assert all(set(of_rank) == set(alone[name]) for of_rank in found)
-    for of_rank in found:
-        assert torch.equal(of_rank["same gaussian"], alone[name]["same gaussian"])
+
+
+def test_kfac_of_ranks_that_use_other_experts(ran: tuple[int, Path]) -> None:
+    ranks, folder = ran
+    expected = of_experts(batches_of_experts(), None)
+    for rank in range(ranks):
+        found = load_file(folder / f"experts-{ranks}-{rank}.safetensors")
+        assert set(found) == set(expected)
+        for what, tensor in found.items():
+            assert relative(tensor, expected[what]) <= TOLERANCE, (what, rank)
 
 
 def test_a_gradient_is_reduced_once_for_a_step(ran: tuple[int, Path], alone: Any) -> None:
@@ -125,37 +158,37 @@ def test_results_are_gathered_in_the_order_of_the_data(ran: tuple[int, Path]) ->
 
 def test_gathering_in_one_process() -> None:
     values = {"dots": torch.tensor([3.0, 1.0, 2.0, 9.0]), "none": None}
-    found = gather_samples(values, ["c", "a", "b", "c"], drop_repeated=True)
+    found = gf.gather_samples(values, ["c", "a", "b", "c"], drop_repeated=True)
     assert found is not None
     assert found.ids == ["a", "b", "c"]
     assert found.values["dots"].tolist() == [1.0, 2.0, 3.0]
     assert found.repeated == ("c",)
     assert found.values["none"] is None
-    kept = gather_samples(values["dots"], torch.tensor([2, 0, 1, 2], dtype=torch.int32))
+    kept = gf.gather_samples(values["dots"], torch.tensor([2, 0, 1, 2], dtype=torch.int32))
     assert kept is not None
     assert kept.ids.dtype == torch.int32
     assert kept.values.tolist() == [1.0, 2.0, 3.0, 9.0]
     with pytest.raises(ValueError, match=r"values\['grads'\]\['w'\] has shape \(4,\) for 2 ids"):
-        gather_samples({"dots": torch.ones(2), "grads": {"w": torch.ones(4)}}, [0, 1])
+        gf.gather_samples({"dots": torch.ones(2), "grads": {"w": torch.ones(4)}}, [0, 1])
     with pytest.raises(TypeError, match="values is a float"):
-        gather_samples(0.5, [0])
+        gf.gather_samples(0.5, [0])
     with pytest.raises(TypeError, match="ids has int, str; expected integers or str"):
-        gather_samples(torch.ones(2), [0, "a"])  # pyright: ignore[reportArgumentType]
+        gf.gather_samples(torch.ones(2), [0, "a"])  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match=r"ids is a tensor of shape \(2, 1\)"):
-        gather_samples(torch.ones(2), torch.ones(2, 1, dtype=torch.int64))
+        gf.gather_samples(torch.ones(2), torch.ones(2, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="positions: expected an integer for each of 2 ids"):
-        gather_samples(torch.ones(2), [0, 1], positions=[4])
+        gf.gather_samples(torch.ones(2), [0, 1], positions=[4])
     with pytest.raises(ValueError, match="to=1: without a group"):
-        gather_samples(torch.ones(2), [0, 1], to=1)
+        gf.gather_samples(torch.ones(2), [0, 1], to=1)
 
 
 def test_a_mean_gradient_in_one_process() -> None:
-    found = mean_gradient({"b": torch.tensor([6.0]), "a": torch.tensor([3.0])}, 3)
+    found = gf.mean_gradient({"b": torch.tensor([6.0]), "a": torch.tensor([3.0])}, 3)
     assert (found.samples, list(found.grads), found.grads["b"].item()) == (3, ["b", "a"], 2.0)
     with pytest.raises(ValueError, match="samples=0: there is no sample on any rank"):
-        mean_gradient({"a": torch.ones(1)}, 0)
+        gf.mean_gradient({"a": torch.ones(1)}, 0)
     with pytest.raises(ValueError, match="sums has no gradient"):
-        mean_gradient({}, 1)
+        gf.mean_gradient({}, 1)
 
 
 def test_what_one_rank_raises_all_raise(ran: tuple[int, Path]) -> None:
@@ -216,3 +249,25 @@ def test_a_rank_that_is_lost_ends_the_others(end: str, within: float, tmp_path: 
         for process in ranks:
             process.kill()
             process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
+def test_a_compiled_function_makes_calls_with_a_group_outside(tmp_path: Path) -> None:
+    model_fn, params = gf.functionalize(torch.nn.Linear(3, 3), gf.classification_loss)
+    batch = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    expected = 2 * gf.ghost_grad_norm(model_fn, params, batch)
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        group = dist.group.WORLD
+
+        def doubled(params: dict[str, Tensor]) -> Tensor:
+            return 2 * gf.ghost_grad_norm(model_fn, params, batch, group=group)
+
+        assert torch.equal(torch.compile(doubled)(params), expected)
+        torch.compiler.reset()
+        with pytest.raises(Exception, match="ghost_grad_norm with a group= is not supported"):
+            torch.compile(doubled, fullgraph=True)(params)
+    finally:
+        torch.compiler.reset()
+        dist.destroy_process_group()
