@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import Trainer
 
 from ghostfunc._functionalize import LossFn
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 _TOLERANCE = 1e-3  # of a sum of float32 losses against the model's own
 _ROUGH_TOLERANCE = 5e-2  # where the model computes in less than float32

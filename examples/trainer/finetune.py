@@ -57,9 +57,8 @@ def main() -> None:
 def report(ledger: gf.InRunShapley, train: Dataset) -> None:
     """Print the value of each kind of text, and the samples at both ends."""
     values = ledger.by_sample().to_pylist()
-    print(
-        f"\nThe decrease of the validation loss that is owed to the samples: {sum(row['value'] for row in values):.3f}"
-    )
+    total = sum(row["value"] for row in values)
+    print(f"\nThe fall of the validation loss that the steps owe to their samples: {total:.3f}")
     for kind in dict.fromkeys(train["kind"]):
         own = [row["value"] for row in values if train[row["sample_id"]]["kind"] == kind]
         print(f"  {kind:<7} {sum(own):+.3f}")
