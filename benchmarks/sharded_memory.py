@@ -166,7 +166,7 @@ def observed(name: str, size: Size, device: torch.device) -> dict[str, int]:
 def serve(name: str, rank: int, processes: int, store: str, device: str) -> None:
     torch.set_num_threads(1)
     backend = "nccl" if device == "cuda" else "gloo"
-    of_file = dist.FileStore(store, processes)
+    of_file = dist.FileStore(store, processes)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(backend, store=of_file, rank=rank, world_size=processes, timeout=timedelta(seconds=600))
     observed(name, TINY, torch.device(device))  # what is imported and opened at a first call is no part of a step
     print(json.dumps(observed(name, SIZE, torch.device(device))))

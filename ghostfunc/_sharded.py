@@ -123,8 +123,9 @@ class Shard:
         with torch.enable_grad():
             stand_in: Tensor = _Unshard.apply(self.leaf, self)  # type: ignore[assignment]
         # Of the nodes that are ready the backward takes the newest, and would hold all whole gradients to the end.
-        if (node := stand_in.grad_fn) is not None and hasattr(node, "_set_sequence_nr"):
-            node._set_sequence_nr(_AT_ONCE)
+        renumber: Any = getattr(stand_in.grad_fn, "_set_sequence_nr", None)
+        if renumber is not None:
+            renumber(_AT_ONCE)
         return stand_in
 
     def values(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -52,7 +52,7 @@ class World(NamedTuple):
 
 
 def whole(tensor: Tensor) -> Tensor:
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -131,7 +131,8 @@ def tokens(n: int, seed: int) -> dict[str, Tensor]:
 def fully_sharded(model: nn.Module, mesh: DeviceMesh, **how: Any) -> nn.Module:
     """A copy whose blocks and root are sharded by FSDP2."""
     model = copy.deepcopy(model)
-    blocks = model.transformer.h if hasattr(model, "transformer") else [m for m in model if [*m.parameters()]]
+    inside: Any = model.transformer.h if hasattr(model, "transformer") else model
+    blocks = [block for block in inside if [*block.parameters()]]
     for block in blocks:
         fully_shard(block, mesh=mesh, **how)
     fully_shard(model, mesh=mesh, **how)
@@ -219,18 +220,20 @@ def calls_agree(world: World, sharded: Any, bare: Any, batch: Callable[[int, int
     """Errors of every call; `sharded` and `bare` are `(model_fn, params)`."""
     train, val = batch(TRAIN, 0), batch(VAL, 1)
     mine = part(train, world.train), part(val, world.val)
-    projection = gf.kronecker_projection(*bare, train, rank=4)
-    found, expected = every_call(*sharded, *mine, projection), every_call(*bare, train, val, projection)
+    (model_fn, params), (bare_fn, bare_params) = sharded, bare
+    projection = gf.kronecker_projection(bare_fn, bare_params, train, rank=4)
+    found = every_call(model_fn, params, *mine, projection)
+    expected = every_call(bare_fn, bare_params, train, val, projection)
     assert set(found) == set(expected)
     errors = {}
     for what, value in expected.items():
-        mine = value if what.startswith("all") else value[world.val if what == "val losses" else world.train]
-        errors[what] = relative(found[what], mine)
+        wanted = value if what.startswith("all") else value[world.val if what == "val losses" else world.train]
+        errors[what] = relative(found[what], wanted)
         name = what.partition("/")[2]
         if what.startswith("all") and name:
-            like, given = sharded[1][name], found[what]
+            like, given = params[name], found[what]
             assert getattr(given, "placements", None) == getattr(like, "placements", None), what
-    bounded = gf.ghost_grad_dot(*sharded, part(train, world.train), part(val, world.val), rank=2)
+    bounded = gf.ghost_grad_dot(model_fn, params, part(train, world.train), part(val, world.val), rank=2)
     excess = (bounded.dots - expected["dots"][world.train]).abs() - bounded.bound
     errors["beyond the bound of low rank"] = float(excess.clamp(min=0).max())
     return errors
@@ -334,7 +337,7 @@ def training(world: World) -> Found:
 
     def plain(what: str) -> None:
         loss_of(model, mine[0]).backward()  # FSDP2 averages the means of the ranks
-        (sum(loss_of(bare, part(train, where)) for where in everyone) / world.ranks).backward()  # type: ignore[union-attr]
+        torch.stack([loss_of(bare, part(train, where)) for where in everyone]).mean().backward()
         found[f"{what}: grads"] = max(relative(p.grad, theirs[n].grad) for n, p in held.items())  # type: ignore[arg-type]
         steps()
         found[f"{what}: params"] = largest(held, theirs)
@@ -362,7 +365,7 @@ def training(world: World) -> Found:
     between = gf.ghost_grad_dot(model_fn, params, *mine)
     loss.backward()
     expected = gf.ghost_grad_dot(bare_fn, bare_params, train, val)
-    (sum(loss_of(bare, part(train, where)) for where in everyone) / world.ranks).backward()  # type: ignore[union-attr]
+    torch.stack([loss_of(bare, part(train, where)) for where in everyone]).mean().backward()
     found["between forward and backward: dots"] = relative(between, expected[world.train])
     found["between forward and backward: grads"] = max(relative(p.grad, theirs[n].grad) for n, p in held.items())  # type: ignore[arg-type]
 
@@ -461,12 +464,12 @@ def derived(world: World) -> Found:
 
         both = [gf.functionalize(m, gf.classification_loss) for m in (fully_sharded(adapted(), world.mesh), adapted())]
         assert {name.split(".")[1] for name in both[0][1]} == {"down", "up"}
-        found |= {f"adapters: {what}": error for what, error in calls_agree(world, *both, classes).items()}
+        found |= {f"adapters: {what}": error for what, error in calls_agree(world, both[0], both[1], classes).items()}
         direct = both[0][0](both[0][1], mine[0])
         found["adapters without a call"] = relative(direct, both[1][0](both[1][1], classes(TRAIN, 0))[world.train])
 
         bare = gpt2().train()
-        again = fully_sharded(bare, world.mesh)
+        again: Any = fully_sharded(bare, world.mesh)
         again.gradient_checkpointing_enable({"use_reentrant": False})
         both = [gf.functionalize(m, gf.causal_lm_loss) for m in (again, bare)]
         train, val = tokens(TRAIN, 0), tokens(VAL, 1)
@@ -661,10 +664,8 @@ def wrapped(world: World) -> Found:
 
     def plain(what: str) -> None:
         gf.classification_loss(model(mine[0][0]), mine[0]).mean().backward()
-        sum(  # type: ignore[union-attr]
-            gf.classification_loss(bare(part(train, where)[0]), part(train, where)).mean() / world.ranks
-            for where in everyone
-        ).backward()
+        of_ranks = [part(train, where) for where in everyone]
+        torch.stack([gf.classification_loss(bare(b[0]), b).mean() for b in of_ranks]).mean().backward()
         found[what] = max(
             relative(p.grad, q.grad)  # type: ignore[arg-type]
             for p, q in zip(model.parameters(), bare.parameters(), strict=True)
@@ -734,7 +735,7 @@ PARTS: dict[str, Callable[[World], Found]] = {
 
 def main(rank: int, ranks: int, folder: Path, part_name: str) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / f"store-{part_name}-{ranks}"), ranks)
+    store = dist.FileStore(str(folder / f"store-{part_name}-{ranks}"), ranks)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=300))
     found = PARTS[part_name](World(rank, ranks, init_device_mesh("cpu", (ranks,))))
     (folder / f"{part_name}-{ranks}-{rank}.json").write_text(json.dumps(found))

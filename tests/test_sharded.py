@@ -148,3 +148,12 @@ def test_what_is_exchanged_and_kept(run: Run) -> None:
         assert norm["all_gather_into_tensor"] == 4 + 3
         assert "reduce_scatter_tensor" not in norm
         assert of_rank["whole at the end of a forward"] == [0, 0, 0]
+
+
+def test_the_page_has_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No number on the page was typed."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import sharded_memory  # pyright: ignore[reportMissingImports]
+
+    text = sharded_memory.PAGE.read_text(encoding="utf-8")
+    assert sharded_memory.page(text) == text
