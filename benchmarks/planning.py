@@ -10,6 +10,8 @@ knows nothing of what an allocator keeps. FLOPs: as torch counts those of the re
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import subprocess
@@ -118,13 +120,13 @@ CASES = [
     Case("gpt2", 4, 256, 8192, 8, 2, 64),
     Case("gpt2", 8, 512, 16384, 4, 1, 256),
     Case("gpt2", 12, 768, 50257, 2, 1, 256),
-    Case("gpt2", 12, 768, 50257, 2, 1, 512, checkpointed=True),
+    Case("gpt2", 4, 256, 8192, 8, 2, 64, checkpointed=True),
     Case("llama", 6, 384, 8192, 8, 2, 128),
-    Case("llama", 8, 512, 32000, 4, 2, 256),
-    Case("llama", 12, 768, 32000, 2, 1, 512),
-    Case("llama", 12, 768, 32000, 2, 1, 512, checkpointed=True),
+    Case("llama", 6, 384, 8192, 8, 2, 128, checkpointed=True),
+    Case("llama", 8, 512, 32000, 2, 1, 512),
+    Case("llama", 12, 768, 32000, 2, 1, 256),
 ]
-SHARDED = [Case("gpt2", 8, 512, 16384, 2, 1, 128), Case("llama", 12, 768, 32000, 1, 1, 64)]
+SHARDED = [Case("gpt2", 4, 512, 16384, 2, 1, 64), Case("llama", 4, 768, 16000, 1, 1, 64)]
 RANKS = (1, 2, 4)
 
 
@@ -145,23 +147,23 @@ def step(model_fn: Any, params: dict[str, Tensor], train: Any, val: Any) -> Any:
     return first, gf.value_and_grad_dot(model_fn, params, train, first)
 
 
-def raised_peak(case: Case, folder: str, rank: int, ranks: int) -> int:
+def raised_peak(real: Sequence[Any]) -> int:
     """By how many bytes a step raises the peak of this process."""
-    from run_worker import give_back_memory
-
-    everything = [work(case.tiny()), work(case)]
-    if ranks:
-        everything = [(fn, sharded(params, ranks), *batches) for fn, params, *batches in everything]
-    step(*everything.pop(0))  # what is imported at a first call is no part of a step
-    (real,) = everything
     give_back_memory()
-    if ranks:
+    if torch.distributed.is_initialized():
         torch.distributed.barrier()
     before = measuring.resident("VmRSS")
     kept = step(*real)
     raised = measuring.resident("VmHWM") - before
     del kept
     return raised
+
+
+def give_back_memory() -> None:
+    """What was freed goes to the system, and the high-water mark is that of now."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def sharded(params: dict[str, Tensor], ranks: int) -> dict[str, Tensor]:
@@ -175,34 +177,35 @@ def sharded(params: dict[str, Tensor], ranks: int) -> dict[str, Tensor]:
     return spread
 
 
-def child(case: Case, what: str, folder: str = "", rank: int = 0, ranks: int = 0) -> None:
-    """Print what is asked of a case: "peak" or "flops"."""
+def child(case: Case, folder: str = "", rank: int = 0, ranks: int = 0) -> None:
+    """Print what a case raises the peak by and, where no ranks share it, its FLOPs."""
     torch.set_num_threads(1)
     if ranks:
         import torch.distributed as dist
 
         where = f"file://{Path(folder) / 'store'}"
         dist.init_process_group("gloo", init_method=where, rank=rank, world_size=ranks)
-    if what == "flops":
-        real = work(case)
-        print(measuring.flops(lambda: step(*real)))
-    else:
-        print(raised_peak(case, folder, rank, ranks))
+    everything = [work(case.tiny()), work(case)]
+    if ranks:
+        everything = [(fn, sharded(params, ranks), *batches) for fn, params, *batches in everything]
+    tiny, real = everything
+    step(*tiny)  # what is imported at a first call is no part of a step
+    print(json.dumps({"peak": raised_peak(real), "flops": None if ranks else measuring.flops(lambda: step(*real))}))
     if ranks:
         torch.distributed.destroy_process_group()
 
 
-def start(case: Case, what: str, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, __file__, "--child", json.dumps(asdict(case)), what, *more]
+def start(case: Case, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, __file__, "--child", json.dumps(asdict(case)), *more]
     returned = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env={**os.environ, **returned}, stdout=subprocess.PIPE, text=True)
 
 
-def answer(process: subprocess.Popen[str]) -> int:
+def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
     told, _ = process.communicate(timeout=1800)
     if process.returncode:
         raise RuntimeError(f"a step in a process of its own ended with status {process.returncode}")
-    return int(told.split()[-1])
+    return json.loads(told.splitlines()[-1])
 
 
 # --- predictions beside it --------------------------------------------------------------------------------------------
@@ -214,8 +217,7 @@ def predicted(case: Case) -> StepPlan:
     model_fn, params = gf.functionalize(module, gf.causal_lm_loss)
     with mode:
         train, val = ({"input_ids": torch.zeros(k, case.length, dtype=torch.long)} for k in (case.n, case.m))
-    how = {"vocabulary": case.vocabulary, "checkpointed": case.checkpointed}
-    return plan_step(model_fn, params, train, val, **how)
+    return plan_step(model_fn, params, train, val, vocabulary=case.vocabulary)
 
 
 def raised_by_plan(plan: StepPlan, ranks: int = 1, *, shard: bool = False) -> int:
@@ -224,19 +226,19 @@ def raised_by_plan(plan: StepPlan, ranks: int = 1, *, shard: bool = False) -> in
 
 
 def checked_step(case: Case) -> dict[str, Any]:
-    plan = predicted(case)
+    plan, real = predicted(case), answer(start(case))
     return {
         "parameters": plan.parameters,
-        "peak": {"predicted": raised_by_plan(plan), "measured": answer(start(case, "peak"))},
-        "flops": {"predicted": plan.flops, "measured": answer(start(case, "flops"))},
+        "peak": {"predicted": raised_by_plan(plan), "measured": real["peak"]},
+        "flops": {"predicted": plan.flops, "measured": real["flops"]},
     }
 
 
 def checked_ranks(case: Case, ranks: int) -> dict[str, Any]:
     plan = predicted(case)
     with tempfile.TemporaryDirectory() as folder:
-        started = [start(case, "peak", folder, str(rank), str(ranks)) for rank in range(ranks)]
-        measured = [answer(process) for process in started]
+        started = [start(case, folder, str(rank), str(ranks)) for rank in range(ranks)]
+        measured = [answer(process)["peak"] for process in started]
     return {
         "parameters": plan.parameters,
         "peak": {"predicted": raised_by_plan(plan, ranks, shard=True), "measured": max(measured)},
@@ -361,9 +363,9 @@ def main() -> None:
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        described, what, *more = arguments.child
+        described, *more = arguments.child
         folder, rank, ranks = more or ("", "0", "0")
-        child(Case(**json.loads(described)), what, folder, int(rank), int(ranks))
+        child(Case(**json.loads(described)), folder, int(rank), int(ranks))
         return
     if not arguments.page:
         if "plans" in arguments.only:

@@ -27,6 +27,7 @@ from ghostfunc._call import Params
 from ghostfunc._explain import Plan, explain
 from ghostfunc._fake import as_fake, fake_mode, new_mode
 from ghostfunc._functionalize import ModelFn
+from ghostfunc._interpreter import Interpreter
 from ghostfunc._planner import tile_bytes
 from ghostfunc._transforms import val_gradient, value_and_grad_dot
 
@@ -123,16 +124,14 @@ class StepPlan:
         samples: train samples of a rank.
         val_samples: validation samples of a rank.
         itemsize: bytes of a parameter's number.
-        forward_flops: of the forward of the train samples.
-        checkpointed: whether activations are checkpointed, so that the backward runs the forward again.
+        again_flops: of what the backwards run again, where activations are checkpointed.
     """
 
     plan: Plan
     samples: int
     val_samples: int
     itemsize: int
-    forward_flops: int
-    checkpointed: bool
+    again_flops: int
     _record: _Record
 
     @property
@@ -153,13 +152,12 @@ class StepPlan:
     @property
     def plain_flops(self) -> int:
         """Products of a rank's plain step on its train samples."""
-        return (self.plan.plain_flops or 0) + (self.forward_flops if self.checkpointed else 0)
+        return (self.plan.plain_flops or 0) + self.again_flops * self.samples // (self.samples + self.val_samples)
 
     @property
     def flops(self) -> int:
         """Products of a rank's step with dots: the validation gradient, the train gradient and the dots."""
-        again = self.forward_flops * (self.samples + self.val_samples) // self.samples if self.checkpointed else 0
-        return (self.plan.total_flops or 0) + again
+        return (self.plan.total_flops or 0) + self.again_flops
 
     def memory(
         self, ranks: int = 1, *, sharded: bool = False, moments: int = 2, blocks_of_logits: bool = False
@@ -200,7 +198,7 @@ class StepPlan:
         """
         weights = self._record.weights.values()
         if sharded:
-            again = [w.forward if self.checkpointed and w.numel > _KEPT_WHOLE else 0 for w in weights]
+            again = [w.forward if self.again_flops and w.numel > _KEPT_WHOLE else 0 for w in weights]
             whole = sum(w.bytes * (2 * (w.gathers + more) + 1 + 2) for w, more in zip(weights, again, strict=True))
         else:
             whole = 2 * 2 * self.parameter_bytes
@@ -274,6 +272,22 @@ class StepPlan:
         return sum(a.bytes for a in self._record.made if phase.forward < a.born and a.alive(phase.middle))
 
 
+def _of_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Of the fused kernel of the CPU, as plain products: scores, and values by them."""
+    (batch, heads, rows, width), columns = query, key[2]
+    return 2 * batch * heads * rows * columns * (width + value[3])
+
+
+def _of_attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return 2 * _of_attention(query, key, value)
+
+
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _of_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _of_attention_backward,
+}
+
+
 def plan_step(
     model_fn: ModelFn,
     params: Params,
@@ -281,7 +295,6 @@ def plan_step(
     val: Any,
     *,
     vocabulary: int = 0,
-    checkpointed: bool = False,
     device: str = "cpu",
 ) -> StepPlan:
     """What a rank's step with dots takes: `val_gradient`, then `value_and_grad_dot` along it, on fake tensors.
@@ -295,8 +308,6 @@ def plan_step(
         train: one rank's share of the train batch.
         val: one rank's share of the validation batch, of samples of the same shapes.
         vocabulary: the size of the head's last dimension, to count logits apart; 0 to leave them where they are.
-        checkpointed: whether the model checkpoints its activations (it has to be told so itself): FLOPs and traffic
-            have the forward twice then.
         device: the kind of device that contracts, which decides how large a tile is: "cpu", or another.
 
     Returns:
@@ -320,14 +331,17 @@ def plan_step(
     params = {name: as_fake(mode, p.detach()) for name, p in params.items()}
     train, val = pytree.tree_map_only(Tensor, lambda t: as_fake(mode, t), (train, val))
     plan = explain(model_fn, params, train, val, schedule="two-phase")
-    if plan.probe or plan.plain_flops is None:
+    if plan.probe or plan.total_flops is None:
         raise RuntimeError(
             f"plan_step: {plan.probe or 'the model decides by values'}, so that it cannot be followed without values."
         )
     with mode:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model_fn(params, train)
-        validation, training, made = _recorded(model_fn, params, train, val)
+        validation, training, made, checkpointed = _recorded(model_fn, params, train, val)
+    again = 0
+    if checkpointed:  # counted in a run of its own: the counter holds on to tensors of what runs again
+        with mode, FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
+            value_and_grad_dot(model_fn, params, train, val_gradient(model_fn, params, val))
+        again = counter.get_total_flops() - plan.total_flops
     weights = {
         name: _Weight(
             p.numel(),
@@ -341,20 +355,23 @@ def plan_step(
     itemsize = max(p.element_size() for p in params.values())
     logits = (vocabulary * n * positions, vocabulary * m * positions) if vocabulary else ()
     record = _Record(weights, validation, training, made, logits, device)
-    return StepPlan(plan, n, m, itemsize, counter.get_total_flops(), checkpointed, record)
+    return StepPlan(plan, n, m, itemsize, again, record)
 
 
 def _recorded(
     model_fn: ModelFn, params: dict[str, Tensor], train: Any, val: Any
-) -> tuple[_Phase, _Phase, list[Allocation]]:
-    """Both phases of a step, with every storage that they make."""
+) -> tuple[_Phase, _Phase, list[Allocation], bool]:
+    """Both phases of a step, every storage that they make, and whether activations are checkpointed."""
     record = Allocations()
     marks: list[int] = []
+    checkpointed: list[bool] = []
 
     def marked(params: dict[str, Tensor], batch: Any) -> Any:
         marks.append(record.clock)
         losses = model_fn(params, batch)
         marks.append(record.clock)
+        interpreter = Interpreter.current()
+        checkpointed.append(interpreter is not None and interpreter.checkpointed)
         return losses
 
     with record:
@@ -363,7 +380,7 @@ def _recorded(
         start = record.clock
         second = value_and_grad_dot(marked, params, train, first)
         training = _phase(start, marks[2:], record, second.grads)
-    return validation, training, record.made
+    return validation, training, record.made, any(checkpointed)
 
 
 def _phase(start: int, marks: list[int], record: Allocations, gradients: dict[str, Tensor]) -> _Phase:

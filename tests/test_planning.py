@@ -2,7 +2,9 @@
 
 import json
 import math
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 from test_cli import as_json, complaint, run
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import ghostfunc as gf
 from ghostfunc import _planning
@@ -129,9 +133,13 @@ def test_the_record_of_a_fake_step_is_that_of_a_real_one(kind: str, dtype: torch
 def test_checkpointing_leaves_less_and_computes_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_planning, "_KEPT_WHOLE", 0)
     plain = planned("llama")
-    less = plan_step(*work("llama", fake=True, checkpointed=True), checkpointed=True)
+    less = plan_step(*work("llama", fake=True, checkpointed=True))
     assert less.activation_bytes < 0.6 * plain.activation_bytes
-    assert less.flops == plain.flops + plain.forward_flops * 6 // 4
+    assert plain.again_flops == 0 < less.again_flops < plain.plain_flops * 6 / 4 / 3
+    model_fn, params, train, val = work("llama", fake=False, checkpointed=True)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        gf.value_and_grad_dot(model_fn, params, train, gf.val_gradient(model_fn, params, val))
+    assert counter.get_total_flops() == pytest.approx(less.flops, rel=0.01)
     assert less.traffic(4, sharded=True) > plain.traffic(4, sharded=True)
 
 
@@ -217,3 +225,18 @@ def test_the_command(tmp_path: Any) -> None:
 def test_every_published_config_is_known() -> None:
     for name, (kind, _) in PUBLISHED.items():
         assert config_of(name).model_type == kind
+
+
+def test_the_page_is_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No number on docs/planning.md was typed."""
+    root = Path(__file__).parent.parent
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    monkeypatch.delitem(sys.modules, "planning", raising=False)
+    import planning  # pyright: ignore[reportMissingImports]
+
+    results = json.loads(planning.RESULTS.read_text(encoding="utf-8"))
+    assert planning.page(results) == planning.PAGE.read_text(encoding="utf-8")
+    for checked in results["steps"].values():
+        flops, peak = checked["flops"], checked["peak"]
+        assert flops["predicted"] == pytest.approx(flops["measured"], rel=0.01)
+        assert peak["predicted"] == pytest.approx(peak["measured"], rel=0.15)

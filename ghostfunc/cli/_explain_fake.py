@@ -13,10 +13,12 @@ from ghostfunc.cli._fake_models import fake_step
 
 ASSUMPTIONS = (
     "memory is what torch's operations hold, without the allocator's waste, the libraries' workspaces and buffers of "
-    "communication",
-    "AdamW keeps two numbers for each parameter, in its dtype, and steps in place",
+    "communication; attention is causal and fused",
+    "parameters, gradients, the direction and AdamW's two moments are all of the parameters' dtype (no float32 master "
+    "copy), and AdamW steps in place",
     "a rank sends what ring algorithms send; gathers wait, so that no communication is hidden behind products",
-    "time is products over --tflops, then bytes over --bandwidth: a model, no measurement",
+    "time is all products at one rate, those of contractions, which are float32, included; then bytes at another: a "
+    "model, no measurement",
 )
 
 
@@ -54,8 +56,7 @@ def plan_of(
     model_fn, params, train, val, vocabulary = fake_step(
         model, _DTYPES[dtype], samples, length, checkpointed=checkpointed
     )
-    how = {"vocabulary": vocabulary, "checkpointed": checkpointed, "device": device}
-    return plan_step(model_fn, params, train, val, **how)
+    return plan_step(model_fn, params, train, val, vocabulary=vocabulary, device=device)
 
 
 def as_json(plan: StepPlan, mesh: Mesh) -> dict[str, Any]:
