@@ -223,7 +223,8 @@ class GradDotProdEngine:
         with together(ranks):
             found = self._finite_values(scores, learning_rate)
             require_finite_gradients(scores)
-        dots, values, second_order = (None if v is None else kept.of_all(v) for v in found)
+        dots = kept.of_all(found[0])
+        values, second_order = (None if v is None else kept.of_all(v) for v in found[1:])
         self.dots = pytree.tree_map(kept.of_all, scores.dots)
         self.losses, self.values, self.second_order, self.skipped = kept.losses, values, second_order, kept.skipped
         if self._attached is not None:
