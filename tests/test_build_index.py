@@ -253,7 +253,8 @@ def server():
     return context
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [3, 20])
 def test_killed_at_random_moments(tmp_path, server, kills):
     text = tmp_path / "in.jsonl"
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents(60)))

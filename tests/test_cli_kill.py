@@ -102,6 +102,7 @@ def shards(folder: Path) -> int:
     return len(list((folder / "shards").glob("*.json"))) if folder.exists() else 0
 
 
+@pytest.mark.slow
 def test_killed_three_times(world: Path, commands: Commands) -> None:
     randomly = random.Random(0)
     partly = []

@@ -78,6 +78,7 @@ def content(run):
     return {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 
+@pytest.mark.slow
 def test_train_sh_on_data_of_the_piles_names_killed_outright_continues_to_the_same_bytes(
     data, tmp_path, monkeypatch, capsys
 ):

@@ -131,6 +131,7 @@ def test_one_seed_gives_one_run_and_another_seed_another(options, tmp_path):
     assert any(not torch.equal(weight, weights(other)[name]) for name, weight in weights(first).items())
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_sigterm_continues_to_the_same_numbers(options, tmp_path):
     long = options("--max_steps", 60, "--eval_interval", 6, "--eval_iter", 1, "--dot_prod_save_interval", 4)
     process = start([*long, "--results_dir", tmp_path / "cut"])
@@ -226,6 +227,7 @@ def test_order_two_trains_as_order_one_does_and_its_first_order_values_are_the_s
     assert np.abs(values(second)["second_order"].to_numpy()).max() > 0
 
 
+@pytest.mark.slow
 def test_a_run_of_order_two_killed_outright_continues_to_the_same_values(options, tmp_path):
     long = options("--max_steps", 24, "--eval_interval", 100, "--checkpoint_interval", 4, "--order", 2)
     process = start([*long, "--results_dir", tmp_path / "cut"])

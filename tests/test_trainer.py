@@ -126,6 +126,7 @@ def test_trains_as_without_values(make: Callable[[], nn.Module], options: dict[s
     assert set(visits["visits"].to_pylist()) == {int(options.get("num_train_epochs", 1))}
 
 
+@pytest.mark.slow
 def test_bfloat16(tmp_path: Path) -> None:
     """Gradients under autocast are no further from the Trainer's than bfloat16 takes these from float32."""
     options = {"gradient_accumulation_steps": 2, "max_steps": 1, "max_grad_norm": 0}
@@ -242,6 +243,7 @@ def test_values_foretell_the_validation_loss(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- samples
 
 
+@pytest.mark.slow
 def test_ids_from_a_column(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     table = datasets.Dataset.from_list([{k: v.tolist() if isinstance(v, Tensor) else v for k, v in item.items()}
@@ -262,6 +264,7 @@ def test_ids_that_are_none(tmp_path: Path, column: str, message: str) -> None:
         ran(gpt2(), arguments(tmp_path), Texts(9, 0), sample_ids=column)
 
 
+@pytest.mark.slow
 def test_selection(tmp_path: Path) -> None:
     """All samples: as without. Some: the gradient of these, which stand for their micro-batch. None: no gradient."""
     same_run(lambda: gpt2(0.2), tmp_path, select=lambda dots: dots > -100, gradient_accumulation_steps=2)
