@@ -19,7 +19,7 @@ from ghostfunc._planning import StepPlan, plan_step
 from ghostfunc._preconditioners import adafactor, adam, diagonal
 from ghostfunc._projection import ghost_grad_proj
 from ghostfunc._quantities import Along, Clip, Dot, Gram, Norm, Project, Stream
-from ghostfunc._ranks import RankFailed
+from ghostfunc._ranks import OutOfStep, RankFailed
 from ghostfunc._second_order import InRunValues, ghost_grad_hess_grad, in_run_values
 from ghostfunc._selection import greedy_select
 from ghostfunc._single import ghost_clipped_grad, ghost_grad_gram, ghost_grad_norm, ghost_grad_stream
@@ -59,6 +59,7 @@ __all__ = [
     "KroneckerProjection",
     "MeanGradient",
     "Norm",
+    "OutOfStep",
     "Outer",
     "Project",
     "Quantities",

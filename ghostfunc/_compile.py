@@ -37,7 +37,8 @@ def one_node(transform: Callable[_P, _R]) -> Callable[_P, _R]:
         if torch.compiler.is_dynamo_compiling():
             return _as_node(transform.__name__, *args, **kwargs)  # pyright: ignore[reportCallIssue]
         if kwargs.get("group") is not None and "torch._dynamo" in sys.modules:
-            return torch.compiler.disable(transform)(*args, **kwargs)  # Dynamo is not to record what ranks exchange
+            # Dynamo is not to record what ranks exchange.
+            return torch.compiler.disable(transform)(*args, **kwargs)  # pyright: ignore[reportCallIssue]
         return transform(*args, **kwargs)
 
     return public
