@@ -131,7 +131,8 @@ def tokens(n: int, seed: int) -> dict[str, Tensor]:
 def fully_sharded(model: nn.Module, mesh: DeviceMesh, **how: Any) -> nn.Module:
     """A copy whose blocks and root are sharded by FSDP2."""
     model = copy.deepcopy(model)
-    inside: Any = model.transformer.h if hasattr(model, "transformer") else model
+    body: Any = getattr(model, "transformer", None)
+    inside: Any = model if body is None else body.h
     blocks = [block for block in inside if [*block.parameters()]]
     for block in blocks:
         fully_shard(block, mesh=mesh, **how)
