@@ -289,14 +289,15 @@ PLANNED = f"""\
 **Predicted, not measured.** Memory of a rank in GB (1e9 bytes) at the moment when it holds most, AdamW's two moments
 included; *in blocks* is the total with `chunked_causal_lm_loss`. FLOPs: the step with dots over a plain step on the
 train samples. Seconds: a model, at {TFLOPS:.0f} TFLOP/s and {BANDWIDTH:.0f} GB/s for each rank, products and
-communication one after the other."""
+communication one after the other. Where activations are checkpointed, what a backward has run again is in *working*."""
 
 CHECKED = """\
 Real steps in float32, one thread, each in a process of its own: by how much the step raises the peak of the process,
 and the FLOPs that torch counts."""
 
 CHECKED_RANKS = """\
-The same with parameters sharded over gloo processes (plain `DTensor`s, `Shard(0)`); the largest of the ranks."""
+The same with parameters sharded over gloo processes (plain `DTensor`s, `Shard(0)`); the largest of the ranks. The plan
+adds the largest weight whole to the peak, whatever is gathered at that moment, and knows nothing of gloo's buffers."""
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
