@@ -113,7 +113,8 @@ def _without_copies(mode: Interpreter, weight: Tensor, letters: str, data: Tenso
     ahead = weight.dim() - base.real.dim()
     small = (1,) * ahead + tuple(base.real.shape)
     copied = {c for c, n, whole in zip(letters, small, weight.shape, strict=True) if n != whole}
-    there = {c for c, n in zip(of_data, data.shape, strict=True) if n != 1}
+    ones = {c for c, whole in zip(letters, weight.shape, strict=True) if whole == 1}  # one sample is as several are
+    there = {c for c, n in zip(of_data, data.shape, strict=True) if n != 1 or c in ones}
     return (base.sentinel, letters[ahead:]) if copied | set(letters[:ahead]) <= there else (weight, letters)
 
 
