@@ -584,9 +584,8 @@ class Doubled(torch.autograd.Function):
         return 2 * grad
 
 
-@torch.jit.script
-def scripted(weight: Tensor) -> Tensor:
-    """An operation of which not even the steps are seen."""
+def twice(weight: Tensor) -> Tensor:
+    """Scripted, an operation of which not even the steps are seen."""
     return 2 * weight
 
 
@@ -628,7 +627,7 @@ def refusals(world: World) -> Found:
 
     draw = Draw(torch.float64, torch.device("cpu"))
     weights = distributed(draw.params(w=(3, 5)), world.mesh, "rows")
-    for name, function in (("own function", Doubled.apply), ("scripted", scripted)):
+    for name, function in (("own function", Doubled.apply), ("scripted", torch.jit.script(twice))):
 
         def with_own(p: Params, batch: Any, function: Any = function) -> Tensor:
             return F.cross_entropy(F.linear(batch[0], function(p["w"])), batch[1], reduction="none")
