@@ -78,8 +78,8 @@ def build(name: str, device: torch.device) -> Work:
 
 def plain_step(work: Work, model_fn: Callable[..., Tensor]) -> dict[str, Tensor]:
     leaves = {name: p.detach().requires_grad_() for name, p in work.params.items()}
-    model_fn(leaves, work.train).mean().backward()  # torch's FLOP counter cannot see torch.autograd.grad recompute
-    return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    grads = torch.autograd.grad(model_fn(leaves, work.train).mean(), list(leaves.values()))
+    return dict(zip(leaves, grads, strict=True))
 
 
 def dots(work: Work, model_fn: Callable[..., Tensor]) -> dict[str, Tensor]:
