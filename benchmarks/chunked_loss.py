@@ -165,9 +165,7 @@ def caption(results: dict[str, Any]) -> str:
 def page(text: str) -> str:
     """The page with the table of the results between its marks."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    before, begin, rest = text.partition("<!-- figures: benchmarks/chunked_loss.py --page -->\n")
-    _, end, after = rest.partition("<!-- end of figures -->")
-    return before + begin + f"{caption(results)}\n\n{table(results)}\n" + end + after
+    return measuring.with_figures(text, "chunked_loss.py", f"{caption(results)}\n\n{table(results)}")
 
 
 def main() -> None:

@@ -38,6 +38,13 @@ def flops(run: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
+def with_figures(page: str, script: str, figures: str) -> str:
+    """A page with the figures of a script between their marks, in place of what is there."""
+    before, begin, rest = page.partition(f"<!-- figures: benchmarks/{script} --page -->\n")
+    _, end, after = rest.partition("<!-- end of figures -->")
+    return before + begin + f"{figures}\n" + end + after
+
+
 class _OneModule:
     """What the counter asks which modules are running: its own tracker fails where one is called with a parameter."""
 

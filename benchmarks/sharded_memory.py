@@ -222,9 +222,7 @@ def caption(results: dict[str, Any]) -> str:
 def page(text: str) -> str:
     """The page with the table of the results between its marks."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    before, begin, rest = text.partition("<!-- figures: benchmarks/sharded_memory.py --page -->\n")
-    _, end, after = rest.partition("\n<!-- end of figures -->")
-    return before + begin + f"{table(results)}\n\n{caption(results)}" + end + after
+    return measuring.with_figures(text, "sharded_memory.py", f"{table(results)}\n\n{caption(results)}")
 
 
 def main() -> None:

@@ -34,7 +34,6 @@ class Setting:
         dtype: of contractions.
         train: units of the train batch, n.
         val: validation samples, m; 0 without any.
-        all_val: validation samples of all ranks.
         divisor: what the train samples' losses are divided by in the run.
         ranks: those that have a share of the samples; None without a group.
     """
@@ -44,7 +43,6 @@ class Setting:
     dtype: torch.dtype
     train: int
     val: int
-    all_val: int
     divisor: int = 1
     ranks: Ranks | None = None
 

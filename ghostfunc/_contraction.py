@@ -170,7 +170,7 @@ def collected(
     all_m = call.over_ranks(m)
     names = tuple(name for name in call.params if name in call.names)
     divisor = call.over_ranks(n) if mean else 1
-    accumulators = start(Setting(call.params, names, call.dtype, units.runs, all_m, all_m, divisor, call.ranks))
+    accumulators = start(Setting(call.params, names, call.dtype, units.runs, all_m, divisor, call.ranks))
     joint = m > 0 and not cannot_join(train, val) and not call.has_aux and units.segments is None
     joint = joint and call.ranks is None
 

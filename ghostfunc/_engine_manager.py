@@ -15,6 +15,7 @@ from ghostfunc._engine_output import EngineOutput
 from ghostfunc._engine_ranks import average_gradients
 from ghostfunc._functionalize import LossFn
 from ghostfunc._losses import causal_lm_loss
+from ghostfunc._ranks import world_size
 from ghostfunc.dotlog import DotLog
 
 _METHODS = ("GradDotProd", "Regular")
@@ -126,12 +127,6 @@ def _as_dict(config: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(config):
         return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return dict(vars(config))
-
-
-def world_size() -> int:
-    """Ranks of the default process group; 1 without one."""
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def _is_storable(value: Any) -> bool:

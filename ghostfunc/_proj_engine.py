@@ -20,14 +20,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ghostfunc._engine_batch import as_batch, require_one_of, size_of
-from ghostfunc._engine_manager import world_size
 from ghostfunc._functionalize import LossFn, _default_call
 from ghostfunc._kronecker import KroneckerProjection
 from ghostfunc._losses import causal_lm_loss
 from ghostfunc._parquet import import_pyarrow, write_atomically
 from ghostfunc._proj_rows import Projected, require_all
 from ghostfunc._proj_store import Collected, Loop, Pass, layers_of, open_source, require_same
-from ghostfunc._ranks import Group, Ranks
+from ghostfunc._ranks import Group, Ranks, world_size
 from ghostfunc._sample_ids import SampleIds, names_of, split_ids
 from ghostfunc._sharded import is_sharded
 from ghostfunc._wrapped import inner

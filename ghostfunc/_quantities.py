@@ -126,7 +126,7 @@ class Dots(_AlongOne):
         mean = not self.each and self.asked.reduction == "mean"
         columns = self.columns if self.each else {name: c.squeeze(1) for name, c in self.columns.items()}
         has = ("train", "val") if self.each else ("train",)
-        scale = self.setting.divisor / self.setting.all_val if mean else self.setting.divisor
+        scale = self.setting.divisor / self.setting.val if mean else self.setting.divisor
         return arrange(columns, self.axes, has=has, scale=scale, layer_of=self.asked.layer_of)
 
 

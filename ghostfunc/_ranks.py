@@ -181,8 +181,7 @@ class Ranks:
         """All ranks' tensors `[count, ...]`, one after the other: on every rank, or on one and None on the others."""
         if to is None:
             return self._all(tensor, counts)
-        plain = tensor.detach().to(torch.uint8) if tensor.dtype == torch.bool else tensor.detach()
-        padded = torch.cat([plain, plain.new_zeros(max(counts) - len(plain), *plain.shape[1:])])
+        padded = _padded(tensor, max(counts))
         parts = [torch.empty_like(padded) for _ in counts] if to == self.rank else None
         with self._answered():
             dist.gather(padded, parts, dst=dist.get_global_rank(self.group, to), group=self.group)
@@ -192,12 +191,8 @@ class Ranks:
 
     def _all(self, tensor: Tensor, counts: list[int]) -> Tensor:
         """All ranks' tensors `[count, ...]`, one after the other."""
-        most = max(counts)
-        plain = tensor.detach().contiguous().view(torch.uint8) if tensor.dtype == torch.bool else tensor.detach()
-        padded = plain.new_zeros(most, *plain.shape[1:])
-        padded[: len(plain)] = plain
-        parts = [part[:count] for part, count in zip(self._gathered(padded), counts, strict=True)]
-        return torch.cat(parts).view(tensor.dtype) if tensor.dtype == torch.bool else torch.cat(parts)
+        parts = self._gathered(_padded(tensor, max(counts)))
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(tensor.dtype)
 
     def _gathered(self, tensor: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -215,6 +210,22 @@ class Ranks:
                 f"rank {self.rank} of {self.size} lost another rank in this call: its process ended, or did not come "
                 f"to the same exchange within the group's timeout. Its own output says why. ({error})"
             ) from error
+
+
+def _padded(tensor: Tensor, rows: int) -> Tensor:
+    """A tensor as ranks exchange it: with so many rows, and bytes for bools."""
+    plain = tensor.detach().to(torch.uint8) if tensor.dtype == torch.bool else tensor.detach()
+    return torch.cat([plain, plain.new_zeros(rows - len(plain), *plain.shape[1:])])
+
+
+def own_rank() -> int:
+    """This process's rank in the default process group; 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Ranks of the default process group; 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _flat(mesh: DeviceMesh) -> dist.ProcessGroup:

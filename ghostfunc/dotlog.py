@@ -29,6 +29,7 @@ from ghostfunc._parquet import (
     write_atomically,
     write_rows,
 )
+from ghostfunc._ranks import own_rank
 
 if TYPE_CHECKING:
     import pyarrow
@@ -332,12 +333,6 @@ def _require_one_log(read: Sequence[tuple[Path, Any]]) -> None:
                     f"{path} and {other} both have iteration {iteration}, micro_step {micro_step} of rank {rank}: "
                     "several folders are read as the parts of one run, in which each rank has written to one of them."
                 )
-
-
-def own_rank() -> int:
-    """This process's rank in the default process group; 0 without one."""
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
 def _import_pyarrow() -> Any:

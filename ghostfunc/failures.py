@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from ghostfunc._ranks import RankFailed
+from ghostfunc._ranks import RankFailed, world_size
 
 _KEY = "ghostfunc/ended/"
 _BROKEN = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out|process ?group", re.IGNORECASE)
@@ -48,16 +48,12 @@ def fail_together(patience: float = 10.0) -> Iterator[None]:
     except BaseException as error:
         if isinstance(error, SystemExit) and not error.code:
             raise
-        ending = _as_of_others(error, patience) if _in_group() else error
+        ending = _as_of_others(error, patience) if world_size() > 1 else error
         if isinstance(ending, Exception) and os.environ.get("TORCHELASTIC_ERROR_FILE"):
             get_error_handler().record_exception(ending)
         if ending is error:
             raise
         raise ending from error
-
-
-def _in_group() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _as_of_others(error: BaseException, patience: float) -> BaseException:

@@ -27,8 +27,9 @@ from ghostfunc._ledger_rows import (
     summed,
 )
 from ghostfunc._parquet import Numbers, sync_folder, to_list, write_rows
+from ghostfunc._ranks import own_rank
 from ghostfunc._sample_ids import SampleIds, names_of, split_ids
-from ghostfunc.dotlog import own_rank, read_dot_log
+from ghostfunc.dotlog import read_dot_log
 
 if TYPE_CHECKING:
     import pyarrow
