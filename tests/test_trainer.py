@@ -390,14 +390,14 @@ def test_streams_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_names_its_samples(tmp_path: Path) -> None:
-    model, train = llama(), Texts(3, 1)
-    for item in (*train.items, *VAL.items):
+    model, train, val = llama(), Texts(3, 1), Texts(5, 2)
+    for item in (*train.items, *val.items):
         item["input_ids"].clamp_(max=20)
     train[1]["input_ids"][0] = 23
     with torch.no_grad():
         model.model.embed_tokens.weight[23] = float("nan")
     with pytest.raises(ValueError, match=r"the losses of samples .* are not finite") as raised:
-        ran(model, arguments(tmp_path), train)
+        ran(model, arguments(tmp_path), train, val_batch=val)
     (place,) = re.findall(r"samples \[(\d)\]", str(raised.value))
     (ids,) = re.findall(r"in order, \[(.*)\]", raised.value.__notes__[0])
     assert ids.split(", ")[int(place)] == "1"
