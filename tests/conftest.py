@@ -11,7 +11,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from jaxtyping import install_import_hook
 
 # These run at every torch operation, and would be eight times slower; `_compile` is read by the compiler.
-PER_OPERATION = {"_compile", "_follow", "_interpreter", "_operations", "_rules", "_sample_axis"}
+PER_OPERATION = {
+    "_compile",
+    "_follow",
+    "_follow_layers",
+    "_follow_shapes",
+    "_interpreter",
+    "_operations",
+    "_rules",
+    "_sample_axis",
+}
 package = find_spec("ghostfunc")
 assert package is not None and package.origin is not None, "ghostfunc is not installed: run make setup"
 entries = {path.stem for path in Path(package.origin).parent.iterdir() if path.suffix == ".py" or path.is_dir()}

@@ -84,15 +84,15 @@ def step(rank: int, name: str) -> dict[str, Any]:
     }
 
 
-def main(rank: int, folder: Path) -> None:
+def main(rank: int, ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
+    store = dist.FileStore(str(folder / "store"), ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
     found = {name: step(rank, name) for name in CASES}
     (folder / f"found-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -2,10 +2,7 @@
 
 import copy
 import json
-import os
 import pickle
-import subprocess
-import sys
 from collections import Counter, deque
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_worker import Tied
+from processes import run_ranks
 from torch import Tensor, nn
 
 from ghostfunc import InRunShapley
@@ -322,17 +320,8 @@ class Ranks:
         self.folder = folder
 
     def run(self, ranks: int, what: str, kind: str) -> list[dict[str, Any]]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         (self.folder / f"store-{what}-{kind}-{ranks}").unlink(missing_ok=True)
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(WORKER), str(rank), str(ranks), str(self.folder), what, kind],
-                env=environment, stderr=subprocess.PIPE, text=True,
-            )
-            for rank in range(ranks)
-        ]  # fmt: skip
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-        assert [process.returncode for process in processes] == [0] * ranks, "\n".join(errors)
+        run_ranks(WORKER, ranks, self.folder, what, kind)
         names = [f"said-{what}-{kind}-{ranks}-{rank}.json" for rank in range(ranks)]
         return [json.loads((self.folder / name).read_text()) for name in names]
 

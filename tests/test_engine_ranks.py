@@ -1,9 +1,6 @@
 """The engine on several ranks: every rank's results are its rows of what one process finds with all samples."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from engine_ranks_worker import MICRO_STEPS, QUICK, SHARDED, SLOW, STEPS, TRAIN, VAL, share, train
+from processes import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,16 +23,7 @@ def run(tmp_path: Path) -> Run:
     """Runs these kinds on so many ranks: what each rank found."""
 
     def of(kinds: list[str], ranks: int) -> list[dict[str, dict[str, Tensor]]]:
-        worker = Path(__file__).with_name("engine_ranks_worker.py")
-        started = [
-            subprocess.Popen(
-                [sys.executable, str(worker), str(rank), str(ranks), str(tmp_path), ",".join(kinds)],
-                env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
-            )
-            for rank in range(ranks)
-        ]  # fmt: skip
-        errors = [process.communicate(timeout=600)[1] for process in started]
-        assert [process.returncode for process in started] == [0] * ranks, "\n".join(errors)
+        run_ranks(Path(__file__).with_name("engine_ranks_worker.py"), ranks, tmp_path, ",".join(kinds))
         files = {kind: [tmp_path / f"{kind}-{ranks}-{rank}.safetensors" for rank in range(ranks)] for kind in kinds}
         return [{k: load_file(of[rank]) for k, of in files.items() if of[rank].exists()} for rank in range(ranks)]
 

@@ -1,9 +1,6 @@
 """Samples whose loss or gradient is not finite: named, or skipped with the numbers of a batch without them."""
 
 import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from nonfinite_worker import CASES, batch, parts
+from processes import run_ranks
 
 import ghostfunc as gf
 
@@ -134,16 +132,7 @@ def test_under_float16_the_scale_survives() -> None:
 def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two ranks found in all cases."""
     folder = tmp_path_factory.mktemp("nonfinite")
-    worker = Path(__file__).with_name("nonfinite_worker.py")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(rank), str(folder)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    run_ranks(Path(__file__).with_name("nonfinite_worker.py"), 2, folder)
     return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -1,15 +1,13 @@
 """The projection engine at several ranks: one store, the same as one process's, and errors that reach every rank."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from processes import run_ranks
 from proj_ranks_worker import OF_A_STEP, SAMPLES, STEPS, loop, module, over
 from test_proj_engine import content
 
@@ -31,16 +29,7 @@ class Ran(NamedTuple):
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     ranks, folder = request.param, tmp_path_factory.mktemp("ranks")
-    worker = Path(__file__).with_name("proj_ranks_worker.py")
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(rank), str(ranks), str(folder)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=300)[1] for process in started]
-    assert [process.returncode for process in started] == [0] * ranks, "\n".join(errors)
+    run_ranks(Path(__file__).with_name("proj_ranks_worker.py"), ranks, folder)
     return Ran(ranks, folder)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from processes import run_ranks
 from ranks_worker import (
     CASES,
     TRAIN,
@@ -32,12 +33,12 @@ from torch import Tensor
 import ghostfunc as gf
 
 TOLERANCE = 1e-10
+WORKER = Path(__file__).with_name("ranks_worker.py")
 
 
 def started(rank: int, ranks: int, folder: Path, *how: str) -> subprocess.Popen[str]:
     """A process of `ranks_worker.py`."""
-    worker = Path(__file__).with_name("ranks_worker.py")
-    command = [sys.executable, str(worker), str(rank), str(ranks), str(folder), *how]
+    command = [sys.executable, str(WORKER), str(rank), str(ranks), str(folder), *how]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
 
@@ -46,9 +47,7 @@ def started(rank: int, ranks: int, folder: Path, *how: str) -> subprocess.Popen[
 def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """A run of all calls on so many ranks, and the folder of its results."""
     ranks, folder = request.param, tmp_path_factory.mktemp("ranks")
-    processes = [started(rank, ranks, folder) for rank in range(ranks)]
-    errors = [process.communicate(timeout=600)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(errors)
+    run_ranks(WORKER, ranks, folder)
     return ranks, folder
 
 

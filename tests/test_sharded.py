@@ -1,15 +1,13 @@
 """Sharded parameters (FSDP2 modules, dicts of `DTensor`s): every rank finds what one process finds with whole ones."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed.fsdp
+from processes import run_ranks
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.distributed.fsdp, "fully_shard"), reason="this torch has no torch.distributed.fsdp.fully_shard"
@@ -24,16 +22,7 @@ def run(tmp_path: Path) -> Run:
     """Runs a part of the worker on so many ranks: what each rank found."""
 
     def of(part: str, ranks: int) -> list[dict[str, Any]]:
-        worker = Path(__file__).with_name("sharded_worker.py")
-        started = [
-            subprocess.Popen(
-                [sys.executable, str(worker), str(rank), str(ranks), str(tmp_path), part],
-                env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
-            )
-            for rank in range(ranks)
-        ]  # fmt: skip
-        errors = [process.communicate(timeout=900)[1] for process in started]
-        assert [process.returncode for process in started] == [0] * ranks, "\n".join(errors)
+        run_ranks(Path(__file__).with_name("sharded_worker.py"), ranks, tmp_path, part)
         return [json.loads((tmp_path / f"{part}-{ranks}-{rank}.json").read_text()) for rank in range(ranks)]
 
     return of
