@@ -15,7 +15,7 @@ from torch import Tensor
 from ghostfunc._directions import Directions
 from ghostfunc._factors import Outer
 
-_LONG = 1 << 17  # entries that one float32 product sums without losing a digit
+_LONG = 1 << 18  # entries that one float32 product sums without losing a digit; shorter ones take more time
 _SQUARES = 1 << 16  # and one norm
 
 
