@@ -17,7 +17,8 @@ from ghostfunc._planner import Budget
 from ghostfunc._products import Products
 from ghostfunc._randomness import RANDOMNESS
 from ghostfunc._ranks import Group, Ranks
-from ghostfunc._run import Run, Want, run
+from ghostfunc._run import Want, run
+from ghostfunc._run_result import Run
 from ghostfunc._segments import Segments
 from ghostfunc._sharded import ShardedDirection, group_of, is_sharded, sharded_like
 

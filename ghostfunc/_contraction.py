@@ -25,7 +25,7 @@ from ghostfunc._products import bytes_of_plain_step, look_ups_before, meet, same
 from ghostfunc._projection import TAP, Projected
 from ghostfunc._quantities import Dots
 from ghostfunc._randomness import DrewRandomNumbers, RandomState
-from ghostfunc._run import Run
+from ghostfunc._run_result import Run
 from ghostfunc._seen import Seen
 from ghostfunc._sharded import sharded_like
 from ghostfunc._sites import Site

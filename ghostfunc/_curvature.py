@@ -25,7 +25,7 @@ from ghostfunc._functionalize import ModelFn
 from ghostfunc._nesting import functorch_level, uncompiled
 from ghostfunc._operations import op_name
 from ghostfunc._randomness import MAY_DRAW, RandomState, draws, in_eval_mode, refusal
-from ghostfunc._run import check_losses
+from ghostfunc._run_losses import check_losses
 
 _CHECKPOINTED = (
     "second order: model_fn keeps activations by saved-tensor hooks (torch.utils.checkpoint, offloading), under which "

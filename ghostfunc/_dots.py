@@ -21,7 +21,7 @@ from ghostfunc._low_rank_products import LowRankAlong, LowRankJoint
 from ghostfunc._nesting import unrecorded
 from ghostfunc._products import Along, Joint, Products, WithSamples
 from ghostfunc._randomness import DrewRandomNumbers, RandomState
-from ghostfunc._run import Run
+from ghostfunc._run_result import Run
 
 Dots = Tensor | dict[str, Tensor]
 Precondition = Callable[..., dict[str, Tensor]]

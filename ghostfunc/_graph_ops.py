@@ -18,7 +18,7 @@ from ghostfunc._contract import tile_loop
 from ghostfunc._directions import FromRows, Given
 from ghostfunc._errors import InteractingSamples, UnsupportedUse
 from ghostfunc._factors import Outer
-from ghostfunc._run import not_finite
+from ghostfunc._run_losses import not_finite
 
 # For operators that wait for values: CUDA graphs leave them out.
 WAITS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}

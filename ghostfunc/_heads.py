@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ghostfunc._contract import along, pair
 from ghostfunc._factors import Dense, Factor, Outer
-from ghostfunc._run import Run, base_factor
+from ghostfunc._run_result import Run, base_factor
 
 
 class Heads(NamedTuple):

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils import _pytree as pytree
 
 from ghostfunc._bodies import COMPOSED, IN_STEPS, body
+from ghostfunc._deriving import derive, is_memory_of_a_parameter, refuse_stale, refuse_write
 from ghostfunc._errors import UnsupportedUse
 from ghostfunc._follow import follow
 from ghostfunc._nesting import functorch_level, leaf_at, readable, saved_tensors_are_hooked
@@ -51,7 +51,7 @@ from ghostfunc._ranks import Ranks
 from ghostfunc._sample_axis import Lost, SampleAxis, Samples, samples_of, set_samples
 from ghostfunc._segments import Segments
 from ghostfunc._sharded import Shards, ends_in, is_sharded
-from ghostfunc._sites import ISOMETRIES, Derivation, Site, Tracked
+from ghostfunc._sites import Site, Tracked
 
 _WRITES = frozenset(  # in-place operations that have a rule
     """
@@ -113,9 +113,9 @@ class Interpreter(TorchFunctionMode):
             if self.shards is not None and is_sharded(param):
                 shard = self.shards.add(name, param.detach().requires_grad_())
                 sentinel = shard.stand_in(param.dtype).requires_grad_()
-                self._track(Tracked((name,), sentinel, shard.in_graph(), shard=shard))
+                self.track(Tracked((name,), sentinel, shard.in_graph(), shard=shard))
             else:
-                self._track(Tracked((name,), self.leaf(param), param if nested else self.leaf(param)))
+                self.track(Tracked((name,), self.leaf(param), param if nested else self.leaf(param)))
 
     @staticmethod
     def current() -> Interpreter | None:
@@ -213,11 +213,18 @@ class Interpreter(TorchFunctionMode):
             return leaf_at(tensor, self.level)
         return tensor.detach().requires_grad_()
 
-    def _track(self, tracked: Tracked) -> Tracked:
+    def track(self, tracked: Tracked) -> Tracked:
+        """Know a tensor by its sentinel from here on."""
         if not self.recomputing:
             self.tracked.append(tracked)
         self._by_id[id(tracked.sentinel)] = tracked
         return tracked
+
+    def stand_for(self, tracked: Tracked, sentinel: Tensor) -> None:
+        """Let another tensor be the sentinel of a tracked one."""
+        del self._by_id[id(tracked.sentinel)]
+        tracked.sentinel = sentinel
+        self._by_id[id(sentinel)] = tracked
 
     def sites_of(self, op: str, uses: Sequence[tuple[Tracked, str]], out: Tensor) -> list[Site]:
         """A site for each use of a tracked tensor by an operation, `(tensor, kind)`; `out` is its result."""
@@ -279,10 +286,8 @@ class Interpreter(TorchFunctionMode):
             return tensor.to(dtype)
         if tracked.shard.dtype == dtype:
             return tracked.sentinel
-        del self._by_id[id(tensor)]
         tracked.shard.dtype = dtype
-        tracked.sentinel = tracked.shard.stand_in(dtype).requires_grad_()
-        self._by_id[id(tracked.sentinel)] = tracked
+        self.stand_for(tracked, tracked.shard.stand_in(dtype).requires_grad_())
         return tracked.sentinel
 
     def _whole(self, leaf: Any) -> Any:
@@ -336,7 +341,7 @@ class Interpreter(TorchFunctionMode):
             tensors = tensors_in(args) + tensors_in(kwargs.values())
         tracked, followed, foreign = self._examined(tensors)
         if tracked:
-            self._refuse_stale(name, tracked)
+            refuse_stale(name, tracked)
             if why := self._must_not_see(name, in_place, args, kwargs, tensors):
                 if self.shards is not None:
                     self._refuse_sharded(why, tracked)
@@ -353,13 +358,13 @@ class Interpreter(TorchFunctionMode):
             return out
         if name in LIKE_ANOTHER and self.find(args[0]) is not None:
             args = (args[0], *(a.detach() if isinstance(a, Tensor) else a for a in args[1:]))
-            return self._derive(func, args, kwargs, tracked)
+            return derive(self, func, args, kwargs, tracked)
         if name == "getitem" and self.find(args[0]) is not None:
             args = (args[0], self._numbers(args[1]))
             tensors = tensors_in(args)
             _, followed, foreign = self._examined(tensors)
         if not followed and not foreign:
-            return self._derive(func, args, kwargs, tracked)
+            return derive(self, func, args, kwargs, tracked)
         before = len(self.sites)
         out = self.apply_rule(self, name, func, args, kwargs)
         results = [out] if isinstance(out, Tensor) else tensors_in((out,))
@@ -419,8 +424,8 @@ class Interpreter(TorchFunctionMode):
         writes = (in_place and name not in _WRITES) or (name == "setitem" and not to_data)
         writes = writes or kwargs.get("out") is not None
         target = self.find(kwargs["out"] if kwargs.get("out") is not None else args[0] if args else None)
-        if target is not None and (writes or in_place) and self._is_memory_of_a_parameter(target):
-            self._refuse_write(name, target)
+        if target is not None and (writes or in_place) and is_memory_of_a_parameter(target, self.tracked):
+            refuse_write(name, target)
         if not writes or not torch.is_grad_enabled():
             return ""
         if target is not None and target.derivation is not None and all(samples_of(t) is None for t in tensors):
@@ -449,96 +454,6 @@ class Interpreter(TorchFunctionMode):
     def random_state(self, name: str, args: Any, kwargs: Any) -> RandomState | None:
         """The generators' states before an operation that draws random numbers, to run it again with them."""
         return RandomState.of(self.device) if name in MAY_DRAW and draws(name, args, kwargs) else None
-
-    # -- parameters without data
-
-    def _derive(self, func: Callable, args: Any, kwargs: Any, tracked: list[Tracked]) -> Any:
-        if is_in_place(func) or op_name(func) == "setitem":
-            return self._derive_in_place(func, args, kwargs, tracked)
-        real_args, real_kwargs = with_leaves(self.real, args, kwargs)
-        randomness = self.random_state(op_name(func), args, kwargs)
-        out = func(*real_args, **real_kwargs)
-        results = tensors_in([out])
-        if self.nested:
-            of_sentinels = func(*args, **kwargs) if randomness is None else randomness.replay(func, *args, **kwargs)
-        differentiable = [r.requires_grad for r in (tensors_in([of_sentinels]) if self.nested else results)]
-        if not any(differentiable):
-            return out
-        single = isinstance(out, Tensor)
-        if not single and len(pytree.tree_leaves(out)) < len(results):  # results in a container that cannot be opened
-            return func(*args, **kwargs)
-        recipe_args, recipe_kwargs = with_leaves(
-            lambda leaf: self.find(leaf) or (leaf.detach() if isinstance(leaf, Tensor) else leaf), args, kwargs
-        )
-        names = tuple(dict.fromkeys(name for t in tracked for name in t.names))
-        replacements: dict[int, Tensor] = {}
-        for index, result in enumerate(results):
-            same = next((t for t in tracked if t.real is result or (t.shard and t.shard.gave(result))), None)
-            if same is not None:
-                replacements[id(result)] = same.sentinel
-            elif differentiable[index]:
-                isometric = (
-                    len(tracked) == 1
-                    and tracked[0].isometric
-                    and op_name(func) in ISOMETRIES
-                    and result.numel() == tracked[0].real.numel()
-                )
-                how = Derivation(func, recipe_args, recipe_kwargs, index, 0 if single else len(results), randomness)
-                derived = self._track(Tracked(names, self.leaf(result), result, how, isometric))
-                replacements[id(result)] = derived.sentinel
-        if single:
-            return replacements.get(id(out), out)
-        return pytree.tree_map(lambda leaf: replacements.get(id(leaf), leaf), out)
-
-    def _derive_in_place(self, func: Callable, args: Any, kwargs: Any, tracked: list[Tracked]) -> Any:
-        """A write to a derived tensor: what it holds afterwards is derived anew, under the same name."""
-        written = self.find(args[0])
-        if written is None:
-            return func(*args, **kwargs)  # on the sentinels: the backward will find them
-        for other in self._in_the_same_memory(written):
-            other.stale = f"`{op_name(func)}` wrote to a view of it"
-
-        def on_a_copy(first: Tensor, *more: Any, **kwargs: Any) -> Tensor:
-            copy = first.clone()
-            func(copy, *more, **kwargs)
-            return copy
-
-        if op_name(func) in MAY_DRAW:  # by this name its draws are known
-            on_a_copy.__name__ = op_name(func)
-        anew = self._derive(on_a_copy, args, kwargs, tracked)
-        now = self.find(anew)
-        if now is None:
-            return func(*args, **kwargs)
-        del self._by_id[id(now.sentinel)]
-        now.sentinel = args[0]
-        now.sentinel.data = now.real.detach()
-        self._by_id[id(args[0])] = now
-        return args[0]
-
-    def _is_memory_of_a_parameter(self, written: Tracked) -> bool:
-        if any(t.shard is not None and t.shard.gave(written.real._base) for t in self.tracked):
-            return True
-        return any(t.derivation is None for t in (written, *self._in_the_same_memory(written)))
-
-    def _refuse_write(self, name: str, written: Tracked) -> None:
-        raise UnsupportedUse(
-            f"{', '.join(written.names)}: `{name}` writes to a parameter, or a view of one, of shape "
-            f"{tuple(written.real.shape)}. Write to a copy (clone()).",
-            written.names,
-        )
-
-    def _in_the_same_memory(self, written: Tracked) -> list[Tracked]:
-        storage = written.real.untyped_storage().data_ptr()
-        return [t for t in self.tracked if t is not written and t.real.untyped_storage().data_ptr() == storage]
-
-    def _refuse_stale(self, name: str, tracked: list[Tracked]) -> None:
-        for t in tracked:
-            if t.stale:
-                raise UnsupportedUse(
-                    f"{', '.join(t.names)}: `{name}` uses a tensor of shape {tuple(t.real.shape)} derived from it "
-                    f"after {t.stale}. Write to a copy (clone()).",
-                    t.names,
-                )
 
     def _doubt(self, out: Any) -> None:
         """What a foreign tensor enters is nobody's for certain."""

@@ -18,7 +18,7 @@ from ghostfunc._functionalize import ModelFn
 from ghostfunc._moments import Matrix, Rows
 from ghostfunc._parameter_fisher import ParameterFisher
 from ghostfunc._ranks import Group
-from ghostfunc._run import Run
+from ghostfunc._run_result import Run
 from ghostfunc._sharded import is_sharded
 
 

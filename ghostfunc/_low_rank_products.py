@@ -17,7 +17,7 @@ from ghostfunc._factors import Outer
 from ghostfunc._low_rank import Formed, Rows, approximate, contract_low_rank, low_rank_order
 from ghostfunc._planner import best_order
 from ghostfunc._products import Along, Joint
-from ghostfunc._run import Run
+from ghostfunc._run_result import Run
 from ghostfunc._sites import Site
 
 Contracted = tuple[Tensor | None, dict[str, Tensor]]

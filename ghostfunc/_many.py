@@ -23,7 +23,7 @@ from ghostfunc._nesting import readable, recorded
 from ghostfunc._quantities import Clip, Gram, Norms, Project, Quantity, Stream
 from ghostfunc._randomness import RandomState
 from ghostfunc._ranks import Group
-from ghostfunc._run import Run
+from ghostfunc._run_result import Run
 
 
 @dataclass(eq=False)

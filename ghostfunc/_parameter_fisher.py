@@ -19,7 +19,7 @@ from ghostfunc._errors import UnsupportedUse
 from ghostfunc._factors import Gather, Later, Outer
 from ghostfunc._fisher import Block
 from ghostfunc._moments import Matrix, Rows
-from ghostfunc._run import Run, base_factor
+from ghostfunc._run_result import Run, base_factor
 
 
 @dataclass(eq=False)

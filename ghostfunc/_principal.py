@@ -25,7 +25,7 @@ from ghostfunc._nesting import unrecorded
 from ghostfunc._products import sites_by_name
 from ghostfunc._randomness import RandomState
 from ghostfunc._ranks import Ranks
-from ghostfunc._run import Run
+from ghostfunc._run_result import Run
 from ghostfunc._sites import Site
 from ghostfunc._sketches import generator_of
 

@@ -19,7 +19,7 @@ from ghostfunc._contract import along, contract_outer, pair, pair_sum, total
 from ghostfunc._directions import FromRows, Given
 from ghostfunc._factors import Factor, Gather, Outer, Own
 from ghostfunc._planner import Budget
-from ghostfunc._run import Run
+from ghostfunc._run_result import Run
 from ghostfunc._sample_axis import SampleAxis
 from ghostfunc._sites import Site
 

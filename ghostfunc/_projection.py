@@ -31,7 +31,7 @@ from ghostfunc._functionalize import ModelFn
 from ghostfunc._kronecker import KroneckerProjection
 from ghostfunc._nesting import functorch_level, unrecorded
 from ghostfunc._ranks import Group
-from ghostfunc._run import Run
+from ghostfunc._run_result import Run
 from ghostfunc._sites import Site
 
 TAP = "projection"

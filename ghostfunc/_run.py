@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,18 +20,18 @@ from torch.utils import _pytree as pytree
 
 from ghostfunc._contract import total
 from ghostfunc._errors import InteractingSamples, UnsupportedUse, interaction
-from ghostfunc._factors import Dense, Factor, Gather, Later, Own
+from ghostfunc._factors import Dense, Factor
 from ghostfunc._functionalize import ModelFn
 from ghostfunc._interpreter import Interpreter
-from ghostfunc._nesting import functorch_level, own_level, readable, recorded, uncompiled, unrecorded, unwrapped
-from ghostfunc._operations import op_name
+from ghostfunc._nesting import functorch_level, own_level, readable, recorded, uncompiled, unwrapped
 from ghostfunc._probe import probe
 from ghostfunc._randomness import RandomState
 from ghostfunc._ranks import Ranks
 from ghostfunc._rules import apply_rule
-from ghostfunc._sample_axis import Lost, Partition, SampleAxis, samples_of, set_samples
+from ghostfunc._run_losses import check_losses, why_doubted
+from ghostfunc._run_result import Run
+from ghostfunc._sample_axis import Partition, SampleAxis, set_samples
 from ghostfunc._segments import Segments
-from ghostfunc._sharded import is_sharded
 from ghostfunc._sites import Site, Tracked
 
 # How far a sample's loss alone may be from its loss in the batch, by the precision that the model computed in.
@@ -78,94 +77,6 @@ class Want:
     narrow: Callable[[Site, str], Tensor | None] = lambda site, side: None
     plan: Callable[[list[Site]], None] = lambda sites: None
     ranks: Ranks | None = None
-
-
-@dataclass(eq=False)
-class Run:
-    """What a run gave.
-
-    Attributes:
-        losses: `[S]`, detached.
-        aux: the auxiliary output of `model_fn`, detached.
-        grads: the weighted sum of the first `train` samples' gradients, by name; empty unless wanted.
-        tracked: every tracked tensor.
-        factors: the factor of each site that has one, all samples.
-        fused: the fused contractions of each site that has them.
-        leaves: the parameters.
-        unused: where gradients were wanted: names that the losses do not depend on.
-    """
-
-    losses: Tensor
-    aux: Any
-    grads: dict[str, Tensor]
-    tracked: list[Tracked]
-    factors: dict[Site, Factor]
-    fused: dict[Site, dict[str, Tensor]]
-    leaves: dict[str, Tensor]
-    unused: tuple[str, ...] = ()
-
-    def sites(self, name: str) -> list[Site]:
-        """The sites that contribute to the gradient of a parameter."""
-        return self._by_name.get(name, [])
-
-    def add_factors(self, factors: Mapping[Site, Factor]) -> None:
-        """Add what is left of factors that were contracted in part."""
-        self.factors |= factors
-        self.__dict__.pop("_by_name", None)
-
-    @cached_property
-    def _by_name(self) -> dict[str, list[Site]]:
-        found: dict[str, list[Site]] = {}
-        for site in (*self.factors, *self.fused):
-            for name in site.tracked.names:
-                found.setdefault(name, []).append(site)
-        return found
-
-    def push(self, tracked: Tracked, name: str, direction: Tensor) -> Tensor:
-        """A change of a parameter as a change of a tensor derived from it: the derivation's Jacobian times it."""
-        if tracked.derivation is None:
-            return direction
-        if tracked.root is not None:
-            with unrecorded():
-                return tracked.replay({name: direction})
-        if functorch_level() is not None:
-            values, derived, pullback = self._pullback(tracked, name)
-            zero = torch.zeros_like(derived)
-            return torch.func.vjp(lambda cotangent: pullback(cotangent)[0], zero)[1](direction.to(values.dtype))[0]
-        with torch.enable_grad():
-            leaf, derived = self._derived(tracked, name)
-            cotangent = torch.zeros_like(derived, requires_grad=True)
-            (pulled,) = torch.autograd.grad(derived, [leaf], cotangent, create_graph=True)
-            if not pulled.requires_grad:
-                return torch.zeros_like(derived)
-            (pushed,) = torch.autograd.grad(pulled, [cotangent], direction.to(pulled.dtype))
-        return pushed
-
-    def pull(self, tracked: Tracked, name: str, gradients: Tensor) -> Tensor:
-        """Gradients `[k, *derived]` with respect to a derived tensor as gradients `[k, *parameter]`."""
-        if tracked.derivation is None:
-            return gradients
-        if functorch_level() is not None:
-            _, derived, pullback = self._pullback(tracked, name)
-            return torch.stack([pullback(g.to(derived.dtype))[0] for g in gradients])
-        with torch.enable_grad():
-            leaf, derived = self._derived(tracked, name)
-            pulled = [
-                torch.autograd.grad(derived, [leaf], g.to(derived.dtype), retain_graph=True)[0] for g in gradients
-            ]
-        return torch.stack(pulled)
-
-    def _pullback(self, tracked: Tracked, name: str) -> tuple[Tensor, Tensor, Callable]:
-        """The same inside a functorch transform: `(parameter, derived tensor, cotangent -> (gradient,))`."""
-        value = self.leaves[name]
-        derived, pullback, *_ = torch.func.vjp(lambda leaf: tracked.replay({**self.leaves, name: leaf}), value)
-        return value, derived, pullback
-
-    def _derived(self, tracked: Tracked, name: str) -> tuple[Tensor, Tensor]:
-        parameters = {t.names[0]: t for t in self.tracked if t.derivation is None}
-        values = {key: parameters[key].values.detach() for key in tracked.names}
-        leaf = values[name].requires_grad_()
-        return leaf, tracked.replay(values)
 
 
 def run(model_fn: ModelFn, params: Mapping[str, Tensor], batch: Any, samples: int, want: Want) -> Run:
@@ -278,7 +189,7 @@ def forward(
         mode.refuse_unseen(losses)
         raise
     losses, without_data = _with_samples(mode, losses, samples)
-    doubt = _doubt(losses, mode.sites, samples) or without_data
+    doubt = why_doubted(losses, mode.sites, samples) or without_data
     aux = pytree.tree_map_only(Tensor, lambda t: _out(mode.real(t), mode.level if nested else None), aux)
     return mode, mode.real(losses), aux, doubt
 
@@ -337,64 +248,6 @@ def _carrying(tensor: Tensor, samples: int) -> Tensor:
     return alias
 
 
-def check_losses(losses: Any, samples: int, batches: tuple[tuple[str, int], ...]) -> None:
-    """Raise unless the losses are one finite number for each sample."""
-    if not isinstance(losses, Tensor):
-        hint = " Pass has_aux=True if model_fn returns (losses, aux)." if isinstance(losses, tuple) else ""
-        raise TypeError(f"model_fn must return losses[B], a tensor; it returned {type(losses).__name__}.{hint}")
-    if losses.dim() == 0:
-        raise ValueError(
-            "model_fn returned a scalar loss. Per-sample gradients need one loss for each sample: return losses of "
-            f"shape [{samples}] (reduction='none', then a mean over all dimensions but the first)."
-        )
-    if losses.shape != (samples,):
-        raise ValueError(
-            f"model_fn returned losses of shape {tuple(losses.shape)} for {_sizes(samples, batches)}; "
-            f"expected [{samples}]."
-        )
-    if not losses.is_floating_point():
-        raise TypeError(f"model_fn returned losses of dtype {losses.dtype}; expected a floating-point dtype.")
-    if readable(losses) and not bool(torch.isfinite(losses).all()):
-        raise ValueError(not_finite(losses.detach(), batches or (("given", samples),)))
-
-
-def _sizes(samples: int, batches: tuple[tuple[str, int], ...]) -> str:
-    joined = " + ".join(f"{size} {what}" for what, size in batches)
-    return f"a batch of {samples} samples" + (f" ({joined}, joined)" if len(batches) > 1 else "")
-
-
-def not_finite(losses: Tensor, batches: tuple[tuple[str, int], ...]) -> str:
-    """What is wrong with losses of which some are not finite, by the batches that they come from."""
-    found = []
-    for (what, _), part in zip(batches, losses.split([size for _, size in batches]), strict=True):
-        bad = (~torch.isfinite(part)).nonzero().flatten().tolist()
-        if bad:
-            found.append(f"{what} batch: the losses of samples {bad} are not finite: {part[bad].tolist()}")
-    return (
-        f"{'; '.join(found)}. Look at these samples, at the learning rate and at the dtype; their gradients would "
-        "spoil every sum that they enter."
-    )
-
-
-def _doubt(losses: Tensor, sites: list[Site], samples: int) -> str:
-    """Why a probe is needed to tell samples apart; empty where they were followed all the way."""
-    if samples == 1:
-        for site in sites:
-            site.axis = SampleAxis(0, 1)
-        carried = samples_of(losses)
-        if isinstance(carried, Lost) and carried.mixed:
-            raise InteractingSamples(interaction(carried.reason))
-        return ""
-    carried = samples_of(losses)
-    if isinstance(carried, Lost) and carried.mixed:
-        raise InteractingSamples(interaction(carried.reason))
-    if not isinstance(carried, SampleAxis):
-        return carried.reason if carried is not None else "the losses do not come from the batch by torch operations"
-    if carried != SampleAxis(0, samples):
-        raise InteractingSamples(f"the losses are not in the samples' order: {carried}.")
-    return next((s.axis.reason for s in sites if isinstance(s.axis, Lost) and not s.axis.mixed), "")
-
-
 def _out(tensor: Tensor, level: int | None) -> Tensor:
     """A value of a run as the caller gets it: without its graph, or as a value of the outer transform."""
     return tensor.detach() if level is None else unwrapped(tensor, level)
@@ -434,7 +287,7 @@ def _backward(mode: Interpreter, losses: Tensor, want: Want, doubt: str, level: 
             site.values = {} if value is None else {"g": value}
     uncounted = [t for t, value in zip(watched, values[len(values) - len(watched) :], strict=True) if value is not None]
     if uncounted and (want.segments is not None or not (want.lenient or mode.nested)):
-        _refuse(uncounted)
+        _refuse(uncounted, sharded=mode.shards is not None)
 
     result = Run(_out(losses, level), None, {}, mode.tracked, {}, {}, leaves)
     partitions: dict[Site, Partition] = {}
@@ -480,17 +333,17 @@ def _backward(mode: Interpreter, losses: Tensor, want: Want, doubt: str, level: 
     return result
 
 
-def _refuse(uncounted: list[Tracked]) -> None:
+def _refuse(uncounted: list[Tracked], *, sharded: bool) -> None:
     names = tuple(dict.fromkeys(name for t in uncounted for name in t.names))
     shapes = ", ".join(f"{name} {tuple(t.sentinel.shape)}" for t in uncounted for name in t.names)
     how = "; ".join(dict.fromkeys(t.unseen for t in uncounted if t.unseen)) or (
         "by an operation that the interpreter does not see (a torch.autograd.Function of your own, torch.jit.script, "
         "a C++ extension)"
     )
+    dense = "" if sharded else "pass on_unsupported='dense' (exact, one backward pass for each sample), "
     raise UnsupportedUse(
         f"{shapes}: used {how}, so that its per-sample gradient would be missing. Freeze the parameter "
-        "(requires_grad_(False)), pass on_unsupported='dense' (exact, one backward pass for each sample), or write the "
-        "operation in torch functions.",
+        f"(requires_grad_(False)), {dense}or write the operation in torch functions.",
         names,
     )
 
@@ -537,32 +390,3 @@ def _pull_complex(result: Run, dtype: torch.dtype) -> None:
             for name in site.tracked.names:
                 pulled = Dense(result.pull(site.tracked, name, dense).to(dtype))
                 result.factors[Site(parameters[name], site.op, "dense", dtype=dtype)] = pulled
-
-
-def base_factor(result: Run, site: Site, factor: Factor, name: str) -> Factor:
-    """The factor of a site as a factor of a parameter: pulled back where the site's tensor is derived from it."""
-    tracked = site.tracked
-    if tracked.derivation is None and not isinstance(factor, (Own, Later)):
-        return factor
-    if isinstance(factor, Gather) and (rows := _rows_picked(tracked, result.leaves[name])) is not None:
-        return Gather(rows[factor.ids], factor.g)
-    return Dense(result.pull(tracked, name, factor.dense(tracked.real.shape)))
-
-
-def _rows_picked(tracked: Tracked, parameter: Tensor) -> Tensor | None:
-    """Which row of a table each row of a tensor is that was picked from it; None where it is no such tensor."""
-    how = tracked.derivation
-    if how is None or parameter.dim() != 2 or is_sharded(parameter):
-        return None
-    if functorch_level() is not None or not readable(parameter):
-        return None
-    arguments = (*how.args, *how.kwargs.values())
-    if op_name(how.func) != "embedding" or not any(t.derivation is None for t in arguments if isinstance(t, Tracked)):
-        return None
-    (ids,) = (t for t in arguments if isinstance(t, Tensor) and not t.is_floating_point())
-    ones = parameter.new_ones(*ids.shape, parameter.shape[1])
-    with torch.enable_grad():  # a look-up that counts gradients in another way (padding) is not taken for one
-        leaf = torch.zeros_like(parameter).requires_grad_()
-        (counts,) = torch.autograd.grad(tracked.replay({tracked.names[0]: leaf}), [leaf], ones)
-    seen = torch.bincount(ids.flatten(), minlength=len(parameter)).to(counts)
-    return ids.flatten() if torch.equal(counts, seen.unsqueeze(1).expand_as(counts)) else None

@@ -27,7 +27,7 @@ from ghostfunc._functionalize import ModelFn
 from ghostfunc._nesting import unrecorded
 from ghostfunc._products import Along
 from ghostfunc._ranks import Group, Ranks
-from ghostfunc._run import Run
+from ghostfunc._run_result import Run
 from ghostfunc._sharded import group_of, is_sharded
 from ghostfunc._transforms import value_and_grad_dot
 

@@ -22,7 +22,7 @@ from ghostfunc._nesting import functorch_level, recorded
 from ghostfunc._parts import Part
 from ghostfunc._planner import at_a_time, tile_bytes
 from ghostfunc._products import meet, same
-from ghostfunc._run import Run, base_factor
+from ghostfunc._run_result import Run, base_factor
 from ghostfunc._sites import Site
 from ghostfunc._stream import per_sample
 

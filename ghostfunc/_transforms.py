@@ -18,7 +18,7 @@ from ghostfunc._functionalize import ModelFn
 from ghostfunc._nesting import unrecorded
 from ghostfunc._randomness import RandomState
 from ghostfunc._ranks import Group
-from ghostfunc._run import base_factor
+from ghostfunc._run_result import base_factor
 
 
 @one_node

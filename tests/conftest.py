@@ -13,6 +13,7 @@ from jaxtyping import install_import_hook
 # These run at every torch operation, and would be eight times slower; `_compile` is read by the compiler.
 PER_OPERATION = {
     "_compile",
+    "_deriving",
     "_follow",
     "_follow_layers",
     "_follow_shapes",
