@@ -67,7 +67,8 @@ class Work(NamedTuple):
 def work_of(weight: tuple[int, int], size: tuple[int, int, int]) -> Work:
     (p, q), (n, m, positions) = weight, size
     left, right = torch.randn(n + m, positions, p), torch.randn(n + m, positions, q)
-    train, directions = Outer(left[:n], right[:n]), FromRows(Outer(left[n:], right[n:]), each=False)
+    train = Outer(left[:n], right[:n], transposed=True)
+    directions = FromRows(Outer(left[n:], right[n:], transposed=True), each=False)
     order = best_order(shape_of(train, directions, want_grad=True), None)
     buffer = torch.zeros(order.samples * order.rows * q)
     return Work(left, right, train, directions, order.samples, order.rows, buffer, torch.zeros(p, q))

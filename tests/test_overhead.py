@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 overhead = import_module("overhead")
+tile_stream = import_module("tile_stream")
 
 METHODS = ["value_and_grad_dot", "ghost_grad_along", "ghost_quantities(Norm)", "ghost_clipped_grad"]
 LAYERS: dict[str, Callable[[int], Any]] = {"gpt2": lambda n: overhead.gpt2(n, overhead.WIDTH), "mlp": overhead.mlp}
@@ -59,3 +60,11 @@ def test_the_page_shows_the_committed_results() -> None:
     assert list(results["cases"]) == list(overhead.CASES)
     for case in results["cases"].values():
         assert [name for name in case["methods"] if not name.startswith("plain")] == METHODS
+
+
+def test_the_page_has_the_parts_of_the_tile_stream():
+    results = json.loads(tile_stream.RESULTS.read_text(encoding="utf-8"))
+    text = tile_stream.PAGE.read_text(encoding="utf-8")
+    found = tile_stream.page(text, figures=tile_stream.figures(results))
+    assert found == text, "run python benchmarks/tile_stream.py --page"
+    assert list(results) == list(tile_stream.SIZES)
