@@ -9,7 +9,7 @@ from pathlib import Path
 _SHOWN = 3000  # characters of the end of what a rank wrote
 
 
-def run_ranks(worker: Path, ranks: int, *arguments: object, environment: dict[str, str] | None = None) -> None:
+def run_ranks(worker: Path, ranks: int, *arguments: object) -> None:
     """Run `python worker RANK RANKS ARGUMENTS...` once for each rank, one thread each, until all have ended well.
 
     Raises:
@@ -18,7 +18,7 @@ def run_ranks(worker: Path, ranks: int, *arguments: object, environment: dict[st
     started = [
         subprocess.Popen(
             [sys.executable, str(worker), str(rank), str(ranks), *map(str, arguments)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"} | (environment or {}),
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
             stderr=subprocess.PIPE, text=True,
         )
         for rank in range(ranks)
